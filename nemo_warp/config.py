@@ -1,0 +1,182 @@
+"""Configuration files: defaults in one place, overrides merged in order, every mistake named.
+
+A configuration is a file of defaults (``conf/*.yaml``: it knows every key) and overrides: further
+files, plain dictionaries, or ``a.b=c`` arguments. What the defaults do not know is refused with
+the closest key they do know. A section whose default is ``{}`` is open: it takes any key. Lists
+are replaced whole. Standard library and OmegaConf only.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import nemo_warp
+
+CONF_DIRECTORY = Path(nemo_warp.__file__).resolve().parent.parent / "conf"
+"""Where the defaults are: ``conf/`` of the checkout."""
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """Values with the words that name them in messages, e.g. ``section member of recipe.yaml``."""
+
+    values: dict[str, Any]
+    source: str
+
+
+def load_config(
+    defaults: Path, *overrides: Path | Overrides | Mapping[str, Any] | list[str]
+) -> DictConfig:
+    """Merge ``overrides`` in order into ``defaults``.
+
+    Args:
+        defaults: YAML file that holds every key.
+        overrides: YAML files, mappings (`Overrides` to name them), or lists of ``a.b=c`` arguments
+            (``rewards.0.weight=2`` reaches into a list). Later ones win.
+
+    Raises:
+        ValueError: a file cannot be read, a key is unknown, or a value has the wrong type.
+    """
+    config = _read(defaults)
+    known = to_plain(config, resolve=False)
+    for override in overrides:
+        if isinstance(override, list):
+            for argument in override:
+                _apply_argument(config, argument, known, str(defaults))
+        else:
+            values, source = _values(override)
+            _check(values, known, source, str(defaults))
+            config = OmegaConf.merge(config, values)
+    return config
+
+
+def require_complete(config: DictConfig) -> None:
+    """Raise ValueError that lists the mandatory values (``???``) nobody gave."""
+    missing = list(_mandatory(to_plain(config, resolve=False)))
+    if missing:
+        raise ValueError(f"no value given for {', '.join(missing)}; set it (a.b=value)")
+
+
+def _mandatory(value: Any, path: str = "") -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            yield from _mandatory(entry, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list):
+        for index, entry in enumerate(value):
+            yield from _mandatory(entry, f"{path}.{index}")
+    elif value == "???":
+        yield path
+
+
+def to_plain(config: DictConfig, resolve: bool = True) -> dict[str, Any]:
+    """``config`` as dictionaries and lists, interpolations resolved.
+
+    Raises:
+        ValueError: an interpolation such as ``${a.b}`` points at nothing.
+    """
+    try:
+        return OmegaConf.to_container(config, resolve=resolve)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"cannot resolve the configuration: {error}") from error
+
+
+def check_keys(given: Iterable[str], known: Iterable[str], where: str) -> None:
+    """Raise ValueError naming the first of ``given`` that is not ``known``, with a suggestion.
+
+    For tables inside lists, which `load_config` does not look into.
+    """
+    names = sorted(known)
+    for key in given:
+        if key not in names:
+            raise ValueError(f"unknown key '{key}' in {where}{_suggestion(str(key), names)}")
+
+
+def _suggestion(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"; did you mean '{close[0]}'?" if close else f"; known keys: {', '.join(known)}"
+
+
+def _read(path: Path) -> DictConfig:
+    try:
+        config = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise ValueError(f"no configuration file {path}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"cannot read {path} as YAML: {error}") from error
+    if not isinstance(config, DictConfig):
+        raise ValueError(f"{path} holds {type(config).__name__}, expected a table of keys")
+    return config
+
+
+def _values(override: Path | Overrides | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    if isinstance(override, Path):
+        return to_plain(_read(override), resolve=False), str(override)
+    if isinstance(override, Overrides):
+        return override.values, override.source
+    if isinstance(override, DictConfig):
+        return to_plain(override, resolve=False), "the given values"
+    return dict(override), "the given values"
+
+
+def _check(values: Any, known: Any, source: str, defaults: str, path: str = "") -> None:
+    """Compare an override with the defaults at ``path``, recursively."""
+    if not isinstance(known, dict):
+        _check_type(values, known, path, source)
+        return
+    if not isinstance(values, Mapping):
+        raise ValueError(f"'{path}' in {source} is {values!r}, but it is a section of {defaults}")
+    if not known and path:
+        return  # an open section
+    for key, value in values.items():
+        name = f"{path}.{key}" if path else str(key)
+        if key not in known:
+            names = [f"{path}.{k}" if path else k for k in known]
+            raise ValueError(f"unknown key '{name}' in {source}{_suggestion(name, names)}")
+        _check(value, known[key], source, defaults, name)
+
+
+def _check_type(value: Any, default: Any, path: str, source: str) -> None:
+    """Refuse a value that cannot stand where ``default`` stands."""
+    if default is None or value is None or default == "???":
+        return
+    if isinstance(value, str) and ("${" in value or value == "???"):
+        return
+    accepted: tuple[type, ...] = {bool: (bool,), float: (float, int), int: (int,), str: (str,)}.get(
+        type(default), (list, tuple)
+    )
+    wrong_bool = isinstance(value, bool) and bool not in accepted
+    if wrong_bool or not isinstance(value, accepted):
+        kind = {bool: "true or false", float: "a number", int: "a whole number", str: "text"}
+        expected = kind.get(type(default), "a list")
+        raise ValueError(f"'{path}' in {source} is {value!r}, expected {expected}")
+
+
+def _apply_argument(config: DictConfig, argument: str, known: Any, defaults: str) -> None:
+    """Apply one ``a.b=c`` argument to ``config`` in place."""
+    key, equals, text = argument.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise ValueError(f"'{argument}' is not an override; write key=value, e.g. a.b=3")
+    try:
+        parsed = OmegaConf.from_dotlist([f"value={text}"])
+        value = to_plain(parsed, resolve=False)["value"]
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"cannot read the value of '{argument}': {error}") from error
+    parts = key.replace("[", ".").replace("]", "").split(".")
+    in_list = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
+    nested: Any = value if in_list == len(parts) else []
+    for part in reversed(parts[:in_list]):
+        nested = {part: nested}
+    _check(nested, known, "the command line", defaults)
+    try:
+        OmegaConf.update(config, ".".join(parts), value, merge=True)
+    except (IndexError, ValueError, TypeError, OmegaConfBaseException) as error:
+        raise ValueError(f"cannot apply '{argument}': {error}") from error
