@@ -9,6 +9,7 @@ are replaced whole. Standard library and OmegaConf only.
 from __future__ import annotations
 
 import difflib
+import fnmatch
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,29 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import nemo_warp
+from nemo_warp.records import config_hash
 
 CONF_DIRECTORY = Path(nemo_warp.__file__).resolve().parent.parent / "conf"
 """Where the defaults are: ``conf/`` of the checkout."""
+
+NOT_IDENTITY = (
+    "run.directory",
+    "run.name",
+    "run.time_limit",
+    "run.save_margin",
+    "run.keep_checkpoints",
+    "directory",
+    "init",
+    "sft",
+    "base",
+    "slerp",
+    "prompts.train",
+    "prompts.heldout",
+    "rewards.*.endpoint",
+    "reward_client",
+    "loggers",
+)
+"""Patterns of the keys `identity_hash` leaves out: places, limits and paths of inputs."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +118,31 @@ def check_keys(given: Iterable[str], known: Iterable[str], where: str) -> None:
     for key in given:
         if key not in names:
             raise ValueError(f"unknown key '{key}' in {where}{_suggestion(str(key), names)}")
+
+
+def identity_hash(config: Mapping[str, Any]) -> str:
+    """Hash of what decides a stage's result: what its completion record's ``config_hash`` holds.
+
+    Left out is what may change between attempts (`NOT_IDENTITY`). Paths of inputs are left out
+    too: a run directory may move, and the driver pins the inputs' contents by itself.
+
+    Args:
+        config: a stage's whole plain configuration (`to_plain`).
+    """
+    return config_hash(_without(dict(config), ""))
+
+
+def _without(value: Any, path: str) -> Any:
+    if isinstance(value, Mapping):
+        named = ((key, f"{path}.{key}" if path else str(key), v) for key, v in value.items())
+        return {key: _without(v, name) for key, name, v in named if not _left_out(name)}
+    if isinstance(value, list):
+        return [_without(entry, f"{path}.{index}") for index, entry in enumerate(value)]
+    return value
+
+
+def _left_out(path: str) -> bool:
+    return any(fnmatch.fnmatchcase(path, pattern) for pattern in NOT_IDENTITY)
 
 
 def _suggestion(key: str, known: list[str]) -> str:

@@ -4,7 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from nemo_warp.config import Overrides, check_keys, load_config, require_complete, to_plain
+from nemo_warp.config import (
+    Overrides,
+    check_keys,
+    identity_hash,
+    load_config,
+    require_complete,
+    to_plain,
+)
+from nemo_warp.records import config_hash
 
 DEFAULTS = """
 run: {name: "???", seed: 1234, directory: "runs/${run.name}"}
@@ -99,3 +107,21 @@ def test_check_keys_suggests() -> None:
     check_keys(["a"], ["a", "b"], "x")
     with pytest.raises(ValueError, match=r"unknown key 'wieght' in rewards; did you mean 'weight'"):
         check_keys(["wieght"], ["name", "weight"], "rewards")
+
+
+def test_identity_leaves_out_places_and_limits_only() -> None:
+    config = {
+        "run": {"seed": 1, "directory": "/a", "time_limit": 60, "total_steps": 9},
+        "init": "/a/init.nemo",
+        "prompts": {"train": "/a/p.jsonl", "max_tokens": 8},
+        "rewards": [{"name": "x", "weight": 2.0, "endpoint": "/a/e.json"}],
+        "reward_client": {"retries": 4},
+    }
+    decides = {
+        "run": {"seed": 1, "total_steps": 9},
+        "prompts": {"max_tokens": 8},
+        "rewards": [{"name": "x", "weight": 2.0}],
+    }
+    assert identity_hash(config) == config_hash(decides)
+    config["rewards"][0]["weight"] = 1.0
+    assert identity_hash(config) != config_hash(decides)
