@@ -1,0 +1,260 @@
+"""A PyTriton server with NeMo-Aligner's reward protocol, on a free port, announced when ready.
+
+Protocol (model inputs and outputs, batch first):
+
+    sentences         bytes   [B, 1]  prompt and response as one UTF-8 text
+    prompt_lengths    int64   [B, 1]  optional, ours: how many characters of it are the prompt
+    tokens            int64   [B, S]  instead of sentences, where the reward is a model
+    sequence_lengths  int64   [B, 1]  with tokens
+    rewards           float32 [B, 1]  NaN where a sample could not be scored
+    reasons           bytes   [B, 1]  ours: why not; empty where it was scored
+
+The names, types and shapes are those of NeMo-Aligner 0.7.0 (algorithms/reward_server.py:61-66), so
+its own client works here; what is marked "ours" it neither sends nor reads.
+"""
+
+from __future__ import annotations
+
+import ctypes.util
+import logging
+import os
+import signal
+import socket
+import sysconfig
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemo_warp.rewards.endpoint import Endpoint, served_name
+from nemo_warp.rewards.errors import RewardError
+
+log = logging.getLogger("nemo_warp.rewards")
+
+_MAX_BATCH = 1 << 20
+_QUEUE_DELAY_US = 2000
+_PORT_ATTEMPTS = 3
+_POLL_S = 0.5
+_EXIT_TIMEOUT_S = 5
+_STOP_PATIENCE_S = 15
+_ANY_ADDRESS = "0.0.0.0"
+
+Infer = Callable[..., dict[str, np.ndarray]]
+"""Called with the inputs that were sent, by name; returns the outputs, see `answer`."""
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What a server is started with.
+
+    Attributes:
+        run_id: the run it belongs to.
+        fingerprint: SHA-256 (hex) of what decides its scores.
+        endpoint_file: written once ready, removed at the end.
+        host: address to listen on; 0.0.0.0 listens on all and announces the node's name.
+        port: 0 chooses a free one.
+        token_inputs: also take ``tokens`` and ``sequence_lengths``.
+    """
+
+    run_id: str
+    fingerprint: str
+    endpoint_file: Path
+    host: str = "127.0.0.1"
+    port: int = 0
+    token_inputs: bool = False
+
+    def __post_init__(self) -> None:
+        served_name(self.run_id, self.fingerprint)
+        if not 0 <= self.port < 1 << 16:
+            raise ValueError(f"port must be 0 (choose a free one) to 65535, got {self.port}")
+
+
+def answer(scores: np.ndarray, reasons: list[str]) -> dict[str, np.ndarray]:
+    """The outputs of the protocol from scores [B] (float32, NaN = failed) and reasons."""
+    encoded = np.array([reason.encode() for reason in reasons], dtype=np.object_)
+    return {"rewards": scores.reshape(-1, 1).astype(np.float32), "reasons": encoded.reshape(-1, 1)}
+
+
+def serve(infer: Infer, serving: Serving) -> None:
+    """Serve until SIGTERM or SIGINT, in the main thread. The endpoint file exists meanwhile.
+
+    Raises:
+        RewardError: the server did not start, or ended by itself.
+    """
+    stop = threading.Event()
+    with _stopping_on_signals(stop), _started(infer, serving) as (triton, port):
+        host = socket.gethostname() if serving.host == _ANY_ADDRESS else serving.host
+        endpoint = Endpoint.of_this_process(host, port, serving.run_id, serving.fingerprint)
+        serving.endpoint_file.parent.mkdir(parents=True, exist_ok=True)
+        endpoint.write(serving.endpoint_file)
+        log.info("ready at %s:%d as %s", host, port, endpoint.model_name)
+        try:
+            while not stop.wait(_POLL_S):
+                if not triton.is_alive():
+                    raise RewardError(
+                        "the Triton server ended by itself: its output above says why"
+                    )
+        finally:
+            endpoint.withdraw(serving.endpoint_file)
+            log.info("stopping")
+
+
+@contextmanager
+def _stopping_on_signals(stop: threading.Event) -> Iterator[None]:
+    signals = (signal.SIGTERM, signal.SIGINT)
+    previous = {number: signal.signal(number, lambda *_: stop.set()) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _started(infer: Infer, serving: Serving) -> Iterator[tuple[Any, int]]:
+    """A running Triton and its port; a port of our choice that was taken meanwhile is replaced."""
+    _find_libpython()
+    # Not PyTriton's default workspace under $HOME: slow on a network file system, and its socket's
+    # path may be longer than the 107 bytes a Unix socket allows.
+    with tempfile.TemporaryDirectory(prefix="reward-", ignore_cleanup_errors=True) as scratch:
+        for attempt in range(1, _PORT_ATTEMPTS + 1):
+            port = serving.port or _free_port(serving.host)
+            _check_port(serving.host, port)
+            triton = _prepared(infer, serving, port, Path(scratch) / str(attempt))
+            try:
+                if _runs(triton):
+                    yield triton, port
+                    return
+            finally:
+                _stop(triton)
+            if serving.port:
+                break
+    raise RewardError(
+        f"the Triton server did not start on port {port}: the output above says why; "
+        "PyTriton needs a temporary directory that allows execution (TMPDIR)"
+    )
+
+
+def _prepared(infer: Infer, serving: Serving, port: int, workspace: Path) -> Any:
+    from pytriton.model_config import DynamicBatcher, ModelConfig
+    from pytriton.triton import Triton, TritonConfig
+
+    logging.getLogger("pytriton").setLevel(logging.WARNING)
+    config = TritonConfig(
+        http_address=serving.host,
+        http_port=port,
+        allow_grpc=False,
+        allow_metrics=False,
+        exit_timeout_secs=_EXIT_TIMEOUT_S,
+    )
+    triton = Triton(config=config, workspace=workspace)
+    triton.bind(
+        model_name=served_name(serving.run_id, serving.fingerprint),
+        infer_func=_batched(infer),
+        inputs=_inputs(serving.token_inputs),
+        outputs=_outputs(),
+        config=ModelConfig(
+            max_batch_size=_MAX_BATCH,
+            batcher=DynamicBatcher(max_queue_delay_microseconds=_QUEUE_DELAY_US),
+        ),
+    )
+    return triton
+
+
+def _runs(triton: Any) -> bool:
+    """Start it and wait until the model answers; False if it ended or never answered."""
+    from tritonclient.utils import InferenceServerException
+
+    try:
+        triton.run()
+    except (OSError, InferenceServerException) as error:
+        log.error("%s", error)
+        return False
+    return triton.is_alive()  # not if another server holds the port and answered in its place
+
+
+def _stop(triton: Any) -> None:
+    """Stop Triton, but wait only so long for a reward that hangs."""
+    stopping = threading.Thread(target=triton.stop, daemon=True)
+    stopping.start()
+    stopping.join(_STOP_PATIENCE_S)
+    if stopping.is_alive():
+        log.warning("a request still hangs after %d s; leaving it behind", _STOP_PATIENCE_S)
+
+
+def _batched(infer: Infer) -> Any:
+    from pytriton.decorators import batch, group_by_keys
+
+    return group_by_keys(batch(lambda **inputs: infer(**inputs)))
+
+
+def _inputs(token_inputs: bool) -> list[Any]:
+    from pytriton.model_config import Tensor
+
+    text = [
+        Tensor(name="sentences", shape=(1,), dtype=bytes, optional=token_inputs),
+        Tensor(name="prompt_lengths", shape=(1,), dtype=np.int64, optional=True),
+    ]
+    if not token_inputs:
+        return text
+    return [
+        *text,
+        Tensor(name="tokens", shape=(-1,), dtype=np.int64, optional=True),
+        Tensor(name="sequence_lengths", shape=(-1,), dtype=np.int64, optional=True),
+    ]
+
+
+def _outputs() -> list[Any]:
+    from pytriton.model_config import Tensor
+
+    return [
+        Tensor(name="rewards", shape=(1,), dtype=np.float32),
+        Tensor(name="reasons", shape=(1,), dtype=bytes),
+    ]
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]
+
+
+def _check_port(host: str, port: int) -> None:
+    """Refuse a port in use before Triton's slow start.
+
+    Raises:
+        RewardError: something else listens there, or ``host`` is not this machine's.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise RewardError(
+                f"cannot listen on {host}:{port} ({error.strerror}); "
+                "use --port 0 for a free port and a --host of this machine"
+            ) from error
+
+
+def _find_libpython() -> None:
+    """Let Triton's Python stub, a separate program, load the libpython of this interpreter.
+
+    Raises:
+        RewardError: this interpreter has no shared libpython.
+    """
+    library, directory = (sysconfig.get_config_var(name) for name in ("INSTSONAME", "LIBDIR"))
+    if directory and library and (Path(directory) / library).exists():
+        present = os.environ.get("LD_LIBRARY_PATH")
+        os.environ["LD_LIBRARY_PATH"] = f"{directory}:{present}" if present else directory
+    elif ctypes.util.find_library(f"python{sysconfig.get_python_version()}") is None:
+        version = sysconfig.get_python_version()
+        raise RewardError(
+            f"PyTriton needs the shared library libpython{version}.so, and this Python has none: "
+            f"install it (Debian: apt-get install libpython{version}) or use a Python built with "
+            "--enable-shared"
+        )
