@@ -1,0 +1,217 @@
+"""CUDA calls answered by the CPU, for machines without a GPU.
+
+NeMo and Megatron-core call ``torch.cuda`` and ask for ``device="cuda"`` unconditionally. Here
+each such call becomes its CPU equivalent or does nothing. Only functions that make or move
+tensors are wrapped: a `TorchFunctionMode` would tax every operation, and only in the thread
+that entered it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from nemo_warp.aligner.compat.replacements import Replacements
+
+CPU = torch.device("cpu")
+
+_FACTORIES = (
+    *("arange", "as_tensor", "empty", "empty_like", "empty_strided", "eye", "full", "full_like"),
+    *("linspace", "ones", "ones_like", "rand", "rand_like", "randint", "randn", "randn_like"),
+    *("randperm", "tensor", "tril_indices", "triu_indices", "zeros", "zeros_like"),
+)
+_TENSOR_FACTORIES = ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros")
+_TENSOR_TYPES = ("Bool", "Byte", "Double", "Float", "Half", "Int", "Long")
+
+
+def replace_before_nemo(replacements: Replacements) -> None:
+    """What must be in place before NeMo and Megatron-core are imported."""
+    _switch_compiler_off(replacements)
+    _replace_device_calls(replacements)
+    _replace_random_state(replacements)
+    _replace_streams(replacements)
+    _replace_tensor_making(replacements)
+    _replace_collectives(replacements)
+
+
+def replace_in_nemo(replacements: Replacements) -> None:
+    """What has to be set in NeMo's and Megatron's own modules (imports them)."""
+    from lightning.fabric.utilities.device_dtype_mixin import _DeviceDtypeModuleMixin
+    from lightning.pytorch.accelerators import CUDAAccelerator
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.tensor_parallel import random
+
+    unavailable = staticmethod(lambda: False)
+    replacements.set(
+        CUDAAccelerator, "is_available", unavailable, "accelerator=auto is the CPU, with gloo"
+    )
+    replacements.set(_DeviceDtypeModuleMixin, "cuda", _unmoved, "the CPU")
+    replacements.set(random, "_set_cuda_rng_state", _set_random_state, "the CPU's generator")
+    replacements.set(
+        filesystem_async,
+        "_get_write_results_queue",
+        _results_queue,
+        "forked: without CUDA no fresh interpreter is needed to save a checkpoint",
+    )
+
+
+def _switch_compiler_off(replacements: Replacements) -> None:
+    # First of all: torch._dynamo makes a table of torch's own functions when it is imported.
+    config = importlib.import_module("torch._dynamo.config")
+    config.disable = True
+    replacements.record("torch.compile", "off: Megatron's fused functions run eagerly")
+
+
+# ----------------------------------------------------------------------------- torch.cuda calls
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """Take the place of a call that has no meaning on a CPU."""
+
+
+def _unmoved(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return self
+
+
+def _replace_device_calls(replacements: Replacements) -> None:
+    replacements.set(torch.cuda, "current_device", lambda: CPU, "the CPU")
+    replacements.set(torch.cuda, "device_count", lambda: 1, "1, or NeMo would not seed")
+    replacements.set(torch.cuda, "mem_get_info", _memory_in_bytes, "the machine's memory")
+    for name in ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats"):
+        replacements.set(torch.cuda, name, _nothing, "nothing")
+    for name in ("range_push", "range_pop"):
+        replacements.set(torch.cuda.nvtx, name, _nothing, "nothing")
+    for name in _TENSOR_TYPES:
+        kind = f"{name}Tensor"
+        replacements.set(torch.cuda, kind, getattr(torch, kind), f"torch.{kind}")
+
+
+def _memory_in_bytes(*args: Any) -> tuple[int, int]:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return memory.available, memory.total
+
+
+def _get_random_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_random_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    torch.set_rng_state(state)
+
+
+def _replace_random_state(replacements: Replacements) -> None:
+    # not torch.manual_seed, which calls back into torch.cuda
+    seed = torch.default_generator.manual_seed
+    for module in (torch.cuda, torch.cuda.random):
+        replacements.set(module, "get_rng_state", _get_random_state, "the CPU's generator")
+        replacements.set(module, "set_rng_state", _set_random_state, "the CPU's generator")
+        replacements.set(module, "manual_seed", seed, "the CPU's generator")
+
+
+class _Stream:
+    """The CPU's only stream, or an event on it: everything before has happened already."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.device = CPU
+
+    record = synchronize = wait = wait_event = wait_stream = _nothing
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other: _Stream) -> float:
+        return 0.0
+
+
+def _replace_streams(replacements: Replacements) -> None:
+    for name in ("Stream", "Event", "current_stream", "default_stream"):
+        replacements.set(torch.cuda, name, _Stream, "everything is synchronous")
+    replacements.set(
+        torch.cuda, "stream", lambda stream: contextlib.nullcontext(), "everything is synchronous"
+    )
+    replacements.set(torch.cuda, "is_current_stream_capturing", lambda: False, "False")
+
+
+# ------------------------------------------------------------------------------ device="cuda"
+
+
+def _is_cuda(device: Any) -> bool:
+    if type(device) is str:
+        return device.startswith("cuda")
+    return type(device) is torch.device and device.type == "cuda"
+
+
+def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """``factory`` with a CUDA ``device`` keyword read as the CPU."""
+
+    @functools.wraps(factory)
+    def make(*args: Any, **kwargs: Any) -> Any:
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs["device"] = CPU
+        return factory(*args, **kwargs)
+
+    return make
+
+
+def _moved_to_cpu(move: Callable[..., Any]) -> Callable[..., Any]:
+    """``Tensor.to`` with a CUDA device, by position or keyword, read as the CPU."""
+
+    @functools.wraps(move)
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args and _is_cuda(args[0]):
+            args = (CPU, *args[1:])
+        elif "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs["device"] = CPU
+        return move(self, *args, **kwargs)
+
+    return to
+
+
+def _replace_tensor_making(replacements: Replacements) -> None:
+    builtins = importlib.import_module("torch.jit._builtins")
+    for name in _FACTORIES:
+        factory = getattr(torch, name)
+        wrapped = _on_cpu(factory)
+        operator = builtins._find_builtin(factory)
+        if operator is not None:  # so that torch.jit.script still knows the function
+            builtins._register_builtin(wrapped, operator)
+        replacements.set(torch, name, wrapped, 'device="cuda" is the CPU')
+    for name in _TENSOR_FACTORIES:
+        wrapped = _on_cpu(getattr(torch.Tensor, name))
+        replacements.set(torch.Tensor, name, wrapped, 'device="cuda" is the CPU')
+    replacements.set(torch.Tensor, "to", _moved_to_cpu(torch.Tensor.to), '"cuda" is the CPU')
+    replacements.set(torch.Tensor, "cuda", _unmoved, "the CPU")
+    replacements.set(torch.nn.Module, "cuda", _unmoved, "the CPU")
+
+
+# ------------------------------------------------------------------------- processes and ranks
+
+
+def _replace_collectives(replacements: Replacements) -> None:
+    all_gather = torch.distributed.all_gather_into_tensor
+
+    @functools.wraps(all_gather)
+    def all_gather_into_tensor(
+        output: torch.Tensor, tensor: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        return all_gather(output, torch.atleast_1d(tensor), *args, **kwargs)
+
+    replacements.set(
+        torch.distributed,
+        "all_gather_into_tensor",
+        all_gather_into_tensor,
+        "a 0-d input is made 1-d, which gloo asks for and NCCL does not",
+    )
+
+
+@functools.cache
+def _results_queue() -> Any:
+    """Megatron's queue between the writers of a checkpoint, whose manager is forked."""
+    return torch.multiprocessing.get_context("fork").Manager().Queue()
