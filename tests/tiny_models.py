@@ -89,6 +89,10 @@ def tiny_config(tokenizer: Path, tensor: int = 1, pipeline: int = 1, **model: An
         "apply_rope_fusion": False,
         "gradient_accumulation_fusion": False,
         "persist_layer_norm": False,
+        "activations_checkpoint_granularity": None,
+        "activations_checkpoint_method": None,
+        "activations_checkpoint_num_layers": None,
+        "activations_checkpoint_layers_per_pipeline": None,
         "dist_ckpt_format": "torch_dist",
         "dist_ckpt_load_on_device": True,
         "tokenizer": {

@@ -45,12 +45,14 @@ def replace_in_nemo(replacements: Replacements) -> None:
     from lightning.pytorch.accelerators import CUDAAccelerator
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.tensor_parallel import random
+    from nemo.core.classes import ModelPT
 
     unavailable = staticmethod(lambda: False)
     replacements.set(
         CUDAAccelerator, "is_available", unavailable, "accelerator=auto is the CPU, with gloo"
     )
-    replacements.set(_DeviceDtypeModuleMixin, "cuda", _unmoved, "the CPU")
+    for module_class in (_DeviceDtypeModuleMixin, ModelPT):
+        replacements.set(module_class, "cuda", _unmoved, "the CPU")
     replacements.set(random, "_set_cuda_rng_state", _set_random_state, "the CPU's generator")
     replacements.set(
         filesystem_async,
