@@ -1,0 +1,61 @@
+"""Advisory locks (flock): who may act now.
+
+A lock is held by every process that inherited its descriptor and goes when the last of them ends,
+however it ends; there is nothing to clean up. On network file systems flock has to be enabled
+cluster-wide (Lustre: mount option ``flock``); ``nemo-warp doctor`` is the place to look.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class LockHeldError(Exception):
+    """Somebody else holds the lock."""
+
+
+@contextmanager
+def hold(path: Path, wait_s: float = 0.0) -> Iterator[int]:
+    """Hold the lock at ``path``; yields the descriptor, to hand on to child processes.
+
+    Raises:
+        LockHeldError: it was not free within ``wait_s`` seconds.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o664)
+    try:
+        _acquire(descriptor, path, time.monotonic() + wait_s)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def is_held(path: Path) -> bool:
+    """Whether somebody holds the lock. Looks by taking a shared lock for an instant."""
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _acquire(descriptor: int, path: Path, deadline: float) -> None:
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise LockHeldError(str(path)) from None
+            time.sleep(0.1)

@@ -1,0 +1,112 @@
+"""Where everything of a run is. No other module builds a path below the run directory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemo_warp.records import COMPLETION_FILE
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """The files of one run directory."""
+
+    root: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe; its presence makes a directory a run directory."""
+        return self.root / "recipe.yaml"
+
+    @property
+    def driver_lock(self) -> Path:
+        """Held by the driver while it looks and launches: two drivers never act at once."""
+        return self.root / "locks" / "driver.lock"
+
+    @property
+    def stop(self) -> Path:
+        """While it exists nothing starts and running members save and stop."""
+        return self.root / "STOP"
+
+    @property
+    def fingerprints(self) -> Path:
+        """Cache of input fingerprints; may be deleted at any time."""
+        return self.root / "locks" / "fingerprints.json"
+
+    @property
+    def superseded(self) -> Path:
+        """Stage directories that were moved aside because an input changed; may be deleted."""
+        return self.root / "superseded"
+
+    @property
+    def slurm_logs(self) -> Path:
+        """Output of the batch scripts (the stages' own logs are in their attempts)."""
+        return self.root / "slurm"
+
+    @property
+    def report(self) -> Path:
+        """The picture and the table (nemo_warp.reporting)."""
+        return self.root / "front"
+
+    def stage(self, name: str) -> StagePaths:
+        """The files of the stage ``name``, e.g. ``iteration_01/member_02``."""
+        return StagePaths(self.root / name, self.root / "locks" / f"{name.replace('/', '.')}.lock")
+
+
+@dataclass(frozen=True)
+class StagePaths:
+    """The files of one stage; the lock is outside the directory, which may be moved aside."""
+
+    directory: Path
+    lock: Path
+
+    @property
+    def request(self) -> Path:
+        """What this stage is asked to do, and the hashes of what it reads."""
+        return self.directory / "stage.json"
+
+    @property
+    def config(self) -> Path:
+        """Configuration of the member or the evaluation, complete."""
+        return self.directory / "config.yaml"
+
+    @property
+    def completion(self) -> Path:
+        """The record that ends the stage."""
+        return self.directory / COMPLETION_FILE
+
+    @property
+    def metrics(self) -> Path:
+        """A member's metrics, a JSON object per line."""
+        return self.directory / "metrics.jsonl"
+
+    @property
+    def points(self) -> Path:
+        """An evaluation's points, a JSON object per line."""
+        return self.directory / "points.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """A member's training checkpoints, ``step_00000040`` and so on."""
+        return self.directory / "checkpoints"
+
+    @property
+    def policy(self) -> Path:
+        """What a member or the final merge publishes."""
+        return self.directory / "policy.nemo"
+
+    @property
+    def slerp(self) -> Path:
+        """A merge's eta = 1 output."""
+        return self.directory / "slerp.nemo"
+
+    @property
+    def next_init(self) -> Path:
+        """A merge's output at the recipe's eta: where the next iteration starts."""
+        return self.directory / "init.nemo"
+
+    @property
+    def attempts(self) -> Path:
+        """One directory per attempt: ``001``, ``002``, ..."""
+        return self.directory / "attempts"

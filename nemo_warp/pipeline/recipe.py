@@ -1,0 +1,282 @@
+"""A recipe: loaded, checked and made independent of where the command was started.
+
+The run directory keeps the resolved recipe (``recipe.yaml``, every key, absolute paths) and the
+fingerprints of the inputs it was started with (``inputs.json``). Both are written once; what
+decides results may not change afterwards.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nemo_warp.config import (
+    CONF_DIRECTORY,
+    Overrides,
+    load_config,
+    require_complete,
+    to_plain,
+)
+from nemo_warp.pipeline import inputs
+from nemo_warp.pipeline.paths import RunPaths
+from nemo_warp.pipeline.plan import Stage, build_plan
+from nemo_warp.pipeline.validate import check_recipe
+from nemo_warp.records import write_json_atomically, write_text_atomically
+
+OPERATIONAL = (
+    "run_directory",
+    "launcher",
+    "cluster",
+    "cluster_overrides",
+    "resources",
+    "retries",
+    "estimate",
+)
+"""Top-level keys that may change between rounds: they decide no result."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe.
+
+    Attributes:
+        values: every key of conf/recipe.yaml, plain, paths absolute. ``values["member"]`` holds
+            every key of conf/member.yaml, interpolations unresolved.
+        paths: the run directory's files.
+        arguments: how the recipe was named on the command line; the next driver is told the same.
+    """
+
+    values: dict[str, Any]
+    paths: RunPaths
+    arguments: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The recipe's name."""
+        return self.values["name"]
+
+    @functools.cached_property
+    def stages(self) -> list[Stage]:
+        """The plan."""
+        return build_plan(self.values["iterations"], self.values["members"])
+
+    @functools.cached_property
+    def cluster(self) -> dict[str, Any]:
+        """The cluster file, complete.
+
+        Raises:
+            ValueError: there is none, or it lacks account or partition.
+        """
+        return _load_cluster(self.values)
+
+    def eta(self, iteration: int) -> float:
+        """LITI update rate of ``iteration``."""
+        entry = _entry(self.values["per_iteration"], iteration)
+        return float(entry.get("eta", self.values["merge"]["eta"]))
+
+    def rewards(self, member: int = 0) -> dict[str, dict[str, Any]]:
+        """Rewards of ``member`` (0: of the evaluations) by name; those of weight 0 are left out."""
+        changes = _entry(self.values["per_member"], member).get("rewards", {}) if member else {}
+        merged = {n: {**r, **changes.get(n, {})} for n, r in self.values["rewards"].items()}
+        return {name: reward for name, reward in merged.items() if reward["weight"] != 0}
+
+    def member_config(self, iteration: int, member: int) -> dict[str, Any]:
+        """The member's whole configuration but for its init and its rewards' endpoints."""
+        config = copy.deepcopy(self._resolved_member(iteration, member))
+        name = f"{self.name}-i{iteration:02d}-m{member:02d}"
+        config["run"]["name"] = name
+        config["run"]["seed"] = self.seed(iteration, member)
+        config["rewards"] = [
+            {
+                "name": name,
+                "weight": float(reward["weight"]),
+                "endpoint": reward.get("endpoint"),
+                "fingerprint": reward.get("fingerprint"),
+            }
+            for name, reward in self.rewards(member).items()
+        ]
+        return config
+
+    def seed(self, iteration: int, member: int) -> int:
+        """The member's seed, a function of the recipe's, below 2**31."""
+        seeds = self.values["seeds"]
+        if seeds is not None:
+            return inputs.derive_seed(seeds[member - 1], iteration)
+        return inputs.derive_seed(self.values["seed"], iteration, member)
+
+    def total_steps(self, iteration: int) -> int:
+        """T of ``iteration``."""
+        return self._resolved_member(iteration, 1)["run"]["total_steps"]
+
+    def _resolved_member(self, iteration: int, member: int) -> dict[str, Any]:
+        return _resolve_member(
+            json.dumps(self.values["member"]),
+            json.dumps(_entry(self.values["per_iteration"], iteration).get("member", {})),
+            json.dumps(_entry(self.values["per_member"], member).get("member", {})),
+            self.values["sft"],
+            json.dumps(self.values["prompts"]),
+        )
+
+    def pinned(self) -> dict[str, str]:
+        """Fingerprints of the inputs as they were when the run directory was made."""
+        return json.loads((self.paths.root / "inputs.json").read_text())
+
+
+def load_recipe(source: Path, overrides: list[str] | None = None) -> Recipe:
+    """Load and check a recipe file, a directory with a ``recipe.yaml``, or a run directory.
+
+    Raises:
+        ValueError: anything about it is wrong; nothing was written.
+    """
+    file = source / "recipe.yaml" if source.is_dir() else source
+    if not file.exists():
+        raise ValueError(f"no recipe {file}; give a recipe file or a directory with a recipe.yaml")
+    config = load_config(CONF_DIRECTORY / "recipe.yaml", file, list(overrides or []))
+    require_complete(config)
+    values = to_plain(config)
+    values["member"] = _member_section(values["member"], f"section member of {file}")
+    _make_absolute(values)
+    if values["run_directory"] is None:  # a run directory's own recipe: it may have been moved
+        values["run_directory"] = str(file.parent.resolve())
+    check_recipe(values, str(file))
+    recipe = Recipe(
+        values, RunPaths(Path(values["run_directory"])), (str(source), *(overrides or []))
+    )
+    for iteration in range(1, values["iterations"] + 1):
+        for member in range(1, values["members"] + 1):
+            recipe._resolved_member(iteration, member)  # names unknown keys of the overrides
+    if values["launcher"]["kind"] == "slurm":
+        _ = recipe.cluster
+    return recipe
+
+
+def open_run(recipe: Recipe) -> None:
+    """Create the run directory, or make sure that it is this recipe's.
+
+    Call it with the driver lock held.
+
+    Raises:
+        ValueError: it belongs to another recipe, or an input has changed since.
+    """
+    paths, stored = recipe.paths, recipe.paths.recipe
+    if stored.exists():
+        _refuse_other(recipe, load_recipe(stored))
+        _refuse_changed_inputs(recipe)
+    else:
+        pins = {name: inputs.fingerprint(path) for name, path in _inputs(recipe).items()}
+        write_json_atomically(paths.root / "inputs.json", pins)
+    text = yaml.safe_dump({**recipe.values, "run_directory": None}, sort_keys=False)
+    if not stored.exists() or stored.read_text() != text:
+        write_text_atomically(stored, text)
+
+
+def _inputs(recipe: Recipe) -> dict[str, Path]:
+    values = recipe.values
+    models = {f"reward {n}": r["model"] for n, r in values["rewards"].items() if r.get("model")}
+    named = {"sft": values["sft"], "init": values["init"], **models}
+    named |= {f"prompts.{key}": path for key, path in values["prompts"].items()}
+    return {name: Path(path) for name, path in named.items()}
+
+
+def _refuse_other(recipe: Recipe, stored: Recipe) -> None:
+    ours, theirs = _deciding(recipe.values), _deciding(stored.values)
+    changed = sorted(_differences(ours, theirs))
+    if changed:
+        raise ValueError(
+            f"{recipe.paths.root} was started with another recipe: {', '.join(changed[:5])} differ"
+            f"{' and more' if len(changed) > 5 else ''}. Give this one another run_directory, or "
+            f"undo the change ({recipe.paths.recipe} has the values in use)"
+        )
+
+
+def _deciding(values: dict[str, Any]) -> dict[str, Any]:
+    kept = {k: v for k, v in values.items() if k not in OPERATIONAL}
+    member = copy.deepcopy(kept["member"])
+    for key in ("time_limit", "save_margin", "keep_checkpoints"):
+        member["run"].pop(key, None)
+    member.pop("reward_client", None)
+    member.pop("loggers", None)
+    return {**kept, "member": member}
+
+
+def _differences(ours: Any, theirs: Any, path: str = "") -> list[str]:
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        keys = sorted(set(ours) | set(theirs))
+        return [
+            name
+            for key in keys
+            for name in _differences(ours.get(key), theirs.get(key), f"{path}.{key}".lstrip("."))
+        ]
+    return [] if ours == theirs else [f"{path} ({theirs!r} -> {ours!r})"]
+
+
+def _refuse_changed_inputs(recipe: Recipe) -> None:
+    pins = recipe.pinned()
+    for name, path in _inputs(recipe).items():
+        if inputs.fingerprint(path) != pins.get(name):
+            raise ValueError(
+                f"{name} ({path}) has changed since the run in {recipe.paths.root} began; restore "
+                "it, or start in another run_directory"
+            )
+
+
+def _member_section(values: dict[str, Any], source: str) -> dict[str, Any]:
+    config = load_config(CONF_DIRECTORY / "member.yaml", Overrides(values, source))
+    return to_plain(config, resolve=False)
+
+
+@functools.cache
+def _resolve_member(base: str, iteration: str, member: str, sft: str, prompts: str) -> dict:
+    """The member's configuration, resolved; cached, since most members share it."""
+    config = load_config(
+        CONF_DIRECTORY / "member.yaml",
+        Overrides(json.loads(base), "section member"),
+        Overrides(json.loads(iteration), "section per_iteration"),
+        Overrides(json.loads(member), "section per_member"),
+        {"init": "", "sft": sft, "prompts": json.loads(prompts), "rewards": []},
+        {"run": {"directory": ""}},
+    )
+    require_complete(config)
+    return to_plain(config)
+
+
+def _entry(tables: list[dict[str, Any]], number: int) -> dict[str, Any]:
+    return (tables[number - 1] or {}) if tables else {}
+
+
+def _make_absolute(values: dict[str, Any]) -> None:
+    """Turn the recipe's relative paths into absolute ones, in place."""
+    for key in ("run_directory", "sft", "init", "cluster"):
+        if values[key] is not None:
+            values[key] = os.path.abspath(values[key])
+    values["prompts"] = {k: os.path.abspath(p) for k, p in values["prompts"].items()}
+    for reward in values["rewards"].values():
+        for key in ("model", "endpoint"):
+            if isinstance(reward, dict) and reward.get(key):
+                reward[key] = os.path.abspath(reward[key])
+
+
+def _load_cluster(values: dict[str, Any]) -> dict[str, Any]:
+    if values["cluster"] is None:
+        raise ValueError(
+            "launcher.kind is slurm, but no cluster is given: cluster=conf/cluster/..."
+        )
+    file = Path(values["cluster"])
+    changes = Overrides(values["cluster_overrides"], "cluster_overrides")
+    config = load_config(CONF_DIRECTORY / "cluster" / "defaults.yaml", file, changes)
+    try:
+        require_complete(config)
+    except ValueError as error:
+        raise ValueError(f"cluster file {file}: {error}") from None
+    cluster = to_plain(config)
+    for key in ("account", "partition"):
+        if not cluster[key]:
+            raise ValueError(f"cluster file {file}: {key} is empty; name one")
+    return cluster
