@@ -1,0 +1,110 @@
+"""The numbers behind the KL-reward picture, as Markdown and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+
+import numpy as np
+
+from nemo_warp.reporting.run import Curve
+
+COLUMNS = (
+    "curve",
+    "position",
+    "reward",
+    "reward_stderr",
+    "kl_to_sft",
+    "kl_to_sft_stderr",
+    "length",
+    "ended_share",
+    "num_prompts",
+)
+
+
+def csv_table(curves: Sequence[Curve]) -> str:
+    """Every measurement, one a row, in full precision; what was not measured is empty."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for curve in curves:
+        for point in curve.points:
+            place = f"{curve.position} {point[curve.position]:g}"
+            values = (point.get(key) for key in COLUMNS[2:])
+            writer.writerow([curve.name, place, *("" if v is None else v for v in values)])
+    return text.getvalue()
+
+
+def markdown_table(curves: Sequence[Curve]) -> str:
+    """Two tables: the fronts and the last point of each trajectory; rewards at equal KL."""
+    header = "curve | point | reward | KL to SFT (nats) | length (tokens) | ended | prompts"
+    lines = ["## Measurements", "", *_header(header)]
+    for curve in curves:
+        shown = curve.points[-1:] if curve.kind == "trajectory" else curve.points
+        lines += [_row([curve.name, *_cells(point, curve.position)]) for point in shown]
+    return "\n".join([*lines, "", *_equal_kl_lines(curves)]) + "\n"
+
+
+def reward_at(curve: Curve, kl: float) -> float | None:
+    """Reward of ``curve`` at ``kl`` nats, linear between its measured points; None outside them.
+
+    Points are taken in order of KL, so a trajectory that turns back is read as a curve over KL.
+    """
+    order = np.argsort(curve.column("kl_to_sft"), kind="stable")
+    kls = np.asarray(curve.column("kl_to_sft"))[order]
+    rewards = np.asarray(curve.column("reward"))[order]
+    return float(np.interp(kl, kls, rewards)) if kls[0] <= kl <= kls[-1] else None
+
+
+def _equal_kl_lines(curves: Sequence[Curve]) -> list[str]:
+    """Rewards at four round KLs that the furthest front reaches."""
+    grid = _round_kls(max(max(curve.column("kl_to_sft")) for curve in curves))
+    if not grid:
+        return []
+    titles = " | ".join(f"KL {kl:g}" for kl in grid)
+    lines = ["## Reward at equal KL (linear between measured points)", ""]
+    lines += _header(f"curve | {titles}")
+    for curve in curves:
+        rewards = (reward_at(curve, kl) for kl in grid)
+        lines.append(_row([curve.name, *("" if r is None else f"{r:.3f}" for r in rewards)]))
+    return lines
+
+
+def _round_kls(largest: float) -> list[float]:
+    """Multiples of 1, 2 or 5 times a power of ten: about six of them up to ``largest``."""
+    if largest <= 0:
+        return []
+    magnitude = 10.0 ** np.floor(np.log10(largest / 6))
+    step = next(m * magnitude for m in (1, 2, 5, 10) if m * magnitude * 7 > largest)
+    return [step * number for number in range(1, int(largest / step) + 1)]
+
+
+def _cells(point: dict, position: str) -> list[str]:
+    return [
+        f"{position} {point[position]:g}",
+        _estimate(point, "reward", 3),
+        _estimate(point, "kl_to_sft", 2),
+        _number(point, "length", ".1f"),
+        _number(point, "ended_share", ".0%"),
+        _number(point, "num_prompts", "d"),
+    ]
+
+
+def _estimate(point: dict, key: str, digits: int) -> str:
+    error = point.get(f"{key}_stderr")
+    text = f"{point[key]:.{digits}f}"
+    return text if error is None else f"{text} ± {error:.{digits}f}"
+
+
+def _number(point: dict, key: str, form: str) -> str:
+    return "" if point.get(key) is None else format(point[key], form)
+
+
+def _header(titles: str) -> list[str]:
+    names = titles.split(" | ")
+    return [_row(names), "|---" * len(names) + "|"]
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
