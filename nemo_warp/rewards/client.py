@@ -203,6 +203,8 @@ class RewardClient:
                 break
             try:
                 return self._attempt(prompts, responses)
+            except UnicodeError as error:
+                return RewardScores.all_failed(len(prompts), f"not a text: {error}")
             except RewardError as error:
                 reason = str(error)
             log.warning("reward %s: attempt %d failed: %s", self.name, attempt + 1, reason)

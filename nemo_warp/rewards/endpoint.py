@@ -7,9 +7,9 @@ server, or another reward, is refused by that server: it has no model of this na
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import re
 import socket
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -17,22 +17,22 @@ from pathlib import Path
 from nemo_warp.records import write_json_atomically
 from nemo_warp.rewards.errors import RewardError
 
-_RUN_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-_NAME_DIGITS = 16
+_RUN_DIGITS, _REWARD_DIGITS = 12, 16
 
 
 def served_name(run_id: str, fingerprint: str) -> str:
-    """The Triton model name of ``run_id``'s reward: ``reward-<run id>-<16 hex digits>``.
+    """The Triton model name of ``run_id``'s reward, e.g. ``reward-5f0c1e8a9b3d-056d028ba0c25843``.
+
+    The run's identity enters as a hash: the name is part of a Unix socket's path, which may have
+    107 bytes at most.
 
     Raises:
-        ValueError: the run id holds something a Triton model name cannot.
+        ValueError: the run id is empty.
     """
-    if not _RUN_ID.fullmatch(run_id):
-        raise ValueError(
-            f"run id {run_id!r} cannot name a reward server: "
-            "use 1 to 128 letters, digits, dots, dashes and underscores"
-        )
-    return f"reward-{run_id}-{fingerprint[:_NAME_DIGITS]}"
+    if not run_id:
+        raise ValueError("the run id of a reward server must not be empty")
+    run = hashlib.sha256(run_id.encode()).hexdigest()[:_RUN_DIGITS]
+    return f"reward-{run}-{fingerprint[:_REWARD_DIGITS]}"
 
 
 @dataclass(frozen=True)

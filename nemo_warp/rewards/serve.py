@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import importlib
-import inspect
 import json
 import logging
-import math
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nemo_warp import exit_codes
-from nemo_warp.records import config_hash
+from nemo_warp.rewards.callables import fingerprint, load_callable, score_samples, score_together
 from nemo_warp.rewards.errors import RewardError
 from nemo_warp.rewards.triton import Infer, Serving, answer, log, serve
-
-Scorer = Callable[[str, str], float]
 
 EPILOG = """
 The callable takes (prompt, response), two strings, and returns a number. If it raises, or returns
@@ -40,104 +33,6 @@ examples:
 
 The endpoint file appears when the server is ready and goes when it stops (SIGTERM or Ctrl-C).
 """
-
-
-def load_callable(specification: str, options: dict[str, Any]) -> Scorer:
-    """The callable ``module:function``, with ``options`` as further keyword arguments.
-
-    Raises:
-        ValueError: there is none, or it does not take a prompt, a response and the options.
-    """
-    module_name, _, name = specification.partition(":")
-    if not module_name or not name:
-        raise ValueError(f"--callable must be module:function, got {specification!r}")
-    try:
-        function = getattr(importlib.import_module(module_name), name)
-    except ImportError as error:
-        raise ValueError(
-            f"--callable {specification}: cannot import {module_name}: {error}"
-        ) from error
-    except AttributeError:
-        raise ValueError(f"--callable {specification}: {module_name} has no {name!r}") from None
-    try:
-        inspect.signature(function).bind("prompt", "response", **options)
-    except TypeError as error:
-        raise ValueError(
-            f"--callable {specification} cannot be called with a prompt, a response and the "
-            f"options {sorted(options)}: {error}"
-        ) from None
-    return partial(function, **options) if options else function
-
-
-def fingerprint(specification: str, options: dict[str, Any]) -> str:
-    """SHA-256 of what decides the callable's scores.
-
-    That is: its name, the source file of its module, the versions of the distribution the module
-    came with and of those named in the callable's ``distributions``, and its options. Other
-    modules it imports are not followed.
-
-    Raises:
-        ValueError: a distribution it names is not installed.
-    """
-    module_name, _, name = specification.partition(":")
-    function = getattr(importlib.import_module(module_name), name)
-    source = inspect.getsourcefile(inspect.getmodule(function) or function)
-    own = metadata.packages_distributions().get(module_name.partition(".")[0], [])
-    return config_hash(
-        {
-            "callable": specification,
-            "source": hashlib.sha256(Path(source).read_bytes()).hexdigest() if source else None,
-            "versions": _versions({*own, *getattr(function, "distributions", ())}),
-            "options": options,
-        }
-    )
-
-
-def _versions(distributions: set[str]) -> dict[str, str]:
-    try:
-        return {name: metadata.version(name) for name in sorted(distributions)}
-    except metadata.PackageNotFoundError as error:
-        raise ValueError(
-            f"the reward needs the package {error.name}: pip install {error.name}"
-        ) from None
-
-
-def score_samples(
-    score: Scorer, prompts: Sequence[str], responses: Sequence[str]
-) -> tuple[np.ndarray, list[str]]:
-    """Scores float32 [B], NaN where the callable failed, and the reasons ("" where it did not)."""
-    outcomes = [_score_one(score, *sample) for sample in zip(prompts, responses, strict=True)]
-    return np.array([value for value, _ in outcomes], np.float32), [why for _, why in outcomes]
-
-
-def _score_one(score: Scorer, prompt: str, response: str) -> tuple[float, str]:
-    try:
-        return _checked(score(prompt, response))
-    except Exception as error:  # a stranger's code: whatever it raises is this sample's failure
-        log.warning("a sample failed: %r", error, exc_info=log.isEnabledFor(logging.DEBUG))
-        return math.nan, f"{type(error).__name__}: {error}"
-
-
-def _checked(value: Any) -> tuple[float, str]:
-    number = float(np.float32(value))
-    return (number, "") if math.isfinite(number) else (math.nan, f"the reward returned {value}")
-
-
-def score_together(
-    score: Callable[[list[str], list[str]], Sequence[float]],
-    prompts: Sequence[str],
-    responses: Sequence[str],
-) -> tuple[np.ndarray, list[str]]:
-    """As `score_samples`, for a callable that takes whole batches."""
-    try:
-        values = score(list(prompts), list(responses))
-        if len(values) != len(prompts):
-            raise ValueError(f"the reward returned {len(values)} scores for {len(prompts)} samples")
-        outcomes = [_checked(value) for value in values]
-    except Exception as error:  # find the sample it failed on
-        log.warning("a batch of %d failed, scoring one by one: %r", len(prompts), error)
-        return score_samples(lambda p, r: score([p], [r])[0], prompts, responses)
-    return np.array([value for value, _ in outcomes], np.float32), [why for _, why in outcomes]
 
 
 def text_infer(score_batch: Callable[..., tuple[np.ndarray, list[str]]]) -> Infer:

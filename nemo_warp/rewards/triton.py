@@ -41,7 +41,8 @@ _QUEUE_DELAY_US = 2000
 _PORT_ATTEMPTS = 3
 _POLL_S = 0.5
 _EXIT_TIMEOUT_S = 5
-_STOP_PATIENCE_S = 15
+_STOP_PATIENCE_S = 8
+_MAX_SOCKET_PATH = 107
 _ANY_ADDRESS = "0.0.0.0"
 
 Infer = Callable[..., dict[str, np.ndarray]]
@@ -119,9 +120,10 @@ def _stopping_on_signals(stop: threading.Event) -> Iterator[None]:
 def _started(infer: Infer, serving: Serving) -> Iterator[tuple[Any, int]]:
     """A running Triton and its port; a port of our choice that was taken meanwhile is replaced."""
     _find_libpython()
-    # Not PyTriton's default workspace under $HOME: slow on a network file system, and its socket's
-    # path may be longer than the 107 bytes a Unix socket allows.
+    # Not PyTriton's default workspace under $HOME: slow on a network file system, and the path of
+    # a Unix socket in it may be longer than the 107 bytes allowed.
     with tempfile.TemporaryDirectory(prefix="reward-", ignore_cleanup_errors=True) as scratch:
+        _check_length(Path(scratch))
         for attempt in range(1, _PORT_ATTEMPTS + 1):
             port = serving.port or _free_port(serving.host)
             _check_port(serving.host, port)
@@ -239,6 +241,20 @@ def _check_port(host: str, port: int) -> None:
                 f"cannot listen on {host}:{port} ({error.strerror}); "
                 "use --port 0 for a free port and a --host of this machine"
             ) from error
+
+
+def _check_length(scratch: Path) -> None:
+    """Refuse a temporary directory too deep for Triton's sockets.
+
+    Raises:
+        RewardError: a socket's path in it would be too long.
+    """
+    longest = scratch / "1" / f"{served_name('any', '0' * 64)}_0_0-server.sock"
+    if len(os.fsencode(longest)) > _MAX_SOCKET_PATH:
+        raise RewardError(
+            f"the temporary directory {scratch.parent} is too deep for Triton's sockets "
+            f"({longest} has more than {_MAX_SOCKET_PATH} bytes): set TMPDIR to a shorter path"
+        )
 
 
 def _find_libpython() -> None:

@@ -1,0 +1,35 @@
+"""Rewards that misbehave on command: the response says how. For fault injection only."""
+
+import os
+import time
+from pathlib import Path
+
+if delay := os.environ.get("STRANGE_IMPORT_S"):
+    time.sleep(float(delay))
+
+
+def strange(prompt: str, response: str, scale: float = 1.0) -> float:
+    """Length of the response times 10, plus that of the prompt; or what the response asks for."""
+    match response.split():
+        case ["raise"]:
+            raise RuntimeError("asked to raise")
+        case ["nan"]:
+            return float("nan")
+        case ["huge"]:
+            return 1e39
+        case ["text"]:
+            return "good"
+        case ["sleep", seconds]:
+            Path(f"{os.environ['STRANGE_MARK']}").touch()
+            time.sleep(float(seconds))
+    return scale * (10 * len(response) + len(prompt))
+
+
+def strange_batch(prompts: list[str], responses: list[str]) -> list[float]:
+    """As `strange`, for whole batches; an exception for one is an exception for all."""
+    return [strange(*sample) for sample in zip(prompts, responses, strict=True)]
+
+
+def wrong_count(prompts: list[str], responses: list[str]) -> list[float]:
+    """Always one score."""
+    return [1.0]
