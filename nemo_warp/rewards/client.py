@@ -10,15 +10,15 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from nemo_warp.rewards.endpoint import Endpoint, served_name
 from nemo_warp.rewards.errors import RewardError
-from nemo_warp.rewards.scores import FailureBudget, RewardScores
+from nemo_warp.rewards.scores import RewardScores
+from nemo_warp.rewards.settings import RewardClientSettings
 from nemo_warp.rewards.wire import check_ready, infer
 
 log = logging.getLogger("nemo_warp.rewards")
@@ -26,56 +26,6 @@ log = logging.getLogger("nemo_warp.rewards")
 _MAX_BACKOFF_S = 60.0
 _CONNECT_POLL_S = 0.5
 _PROGRESS_S = 15.0
-
-
-@dataclass(frozen=True)
-class RewardClientSettings:
-    """The ``reward_client`` section of a member's configuration.
-
-    Attributes:
-        ready_deadline_s: how long `RewardClient.connect` waits for the server.
-        request_timeout_s: of one attempt at one batch.
-        retries: further attempts after a transport error or a timeout. A server that hangs costs
-            (retries + 1) * request_timeout_s.
-        backoff_s: wait before the first of them; doubles each time, up to a minute, +-50 %.
-        batch_size: samples per request.
-        in_flight: requests at a time.
-        max_failure_rate, failure_window: see `FailureBudget`.
-    """
-
-    ready_deadline_s: float = 600.0
-    request_timeout_s: float = 120.0
-    retries: int = 4
-    backoff_s: float = 1.0
-    batch_size: int = 32
-    in_flight: int = 4
-    max_failure_rate: float = 0.1
-    failure_window: int = 512
-
-    def __post_init__(self) -> None:
-        for name in ("ready_deadline_s", "request_timeout_s", "batch_size", "in_flight"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"reward_client.{name} must be > 0, got {getattr(self, name)}")
-        for name in ("retries", "backoff_s"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"reward_client.{name} must be >= 0, got {getattr(self, name)}")
-        self.failure_budget()
-
-    @classmethod
-    def from_config(cls, section: Mapping[str, Any]) -> RewardClientSettings:
-        """From a configuration section; keys left out keep their defaults.
-
-        Raises:
-            ValueError: an unknown key or a value out of range.
-        """
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(set(section) - known):
-            raise ValueError(f"reward_client has no {unknown[0]!r}; it has {sorted(known)}")
-        return cls(**{str(key): value for key, value in section.items()})
-
-    def failure_budget(self) -> FailureBudget:
-        """A fresh budget with this section's limits."""
-        return FailureBudget(self.max_failure_rate, self.failure_window)
 
 
 class RewardFuture:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nemo_warp.rewards.client import RewardClient, RewardClientSettings, RewardFuture
+from nemo_warp.rewards.client import RewardClient, RewardFuture
 from nemo_warp.rewards.scores import RewardScores, weighted_sum
-
-_NAME = re.compile(r"[A-Za-z0-9._-]+")
+from nemo_warp.rewards.settings import RewardClientSettings, check_rewards
 
 
 class RewardMixture:
@@ -30,15 +27,10 @@ class RewardMixture:
         """From the ``rewards`` and ``reward_client`` sections; opens nothing.
 
         Raises:
-            ValueError: no reward, a repeated or malformed name, a missing key, a weight that is
-                not a finite number.
+            ValueError: either section is malformed.
         """
-        if not rewards:
-            raise ValueError("rewards is empty: name at least one {name, weight, endpoint}")
+        check_rewards(rewards)
         parsed = RewardClientSettings.from_config(settings)
-        seen: set[str] = set()
-        for position, reward in enumerate(rewards):
-            _check_reward(reward, f"rewards[{position}]", seen)
         clients = [
             RewardClient(
                 reward["endpoint"],
@@ -77,23 +69,3 @@ class RewardMixture:
         """Close every client."""
         for client in self.clients:
             client.close()
-
-
-def _check_reward(reward: Mapping[str, Any], where: str, seen: set[str]) -> None:
-    known = {"name", "weight", "endpoint", "fingerprint"}
-    if unknown := sorted(set(reward) - known):
-        raise ValueError(f"{where} has no {unknown[0]!r}; it has {sorted(known)}")
-    for key in ("name", "endpoint"):
-        if not reward.get(key):
-            raise ValueError(f"{where} lacks {key!r}")
-    if not _NAME.fullmatch(reward["name"]):
-        raise ValueError(f"{where}.name must be letters, digits, . _ -, got {reward['name']!r}")
-    if reward["name"] in seen:
-        raise ValueError(f"{where}.name {reward['name']!r} is used twice")
-    seen.add(reward["name"])
-    try:
-        finite = math.isfinite(float(reward.get("weight", 1.0)))
-    except (TypeError, ValueError):
-        finite = False
-    if not finite:
-        raise ValueError(f"{where}.weight must be a finite number, got {reward['weight']!r}")

@@ -5,9 +5,9 @@ import pytest
 
 from nemo_warp.rewards import RewardFailureRateError
 from nemo_warp.rewards.callables import fingerprint, load_callable, score_together
-from nemo_warp.rewards.client import RewardClientSettings
 from nemo_warp.rewards.mixture import RewardMixture
 from nemo_warp.rewards.scores import FailureBudget, RewardScores, weighted_sum
+from nemo_warp.rewards.settings import RewardClientSettings
 
 
 def test_nothing_that_is_not_finite_is_a_score():
@@ -81,7 +81,13 @@ def test_rewards_need_distinct_names_and_at_least_one():
 
 @pytest.mark.parametrize(
     "section",
-    [{"retries": -1}, {"batch_size": 0}, {"max_failure_rate": 1.5}, {"retry": 3}],
+    [
+        {"retries": -1},
+        {"retries": "many"},
+        {"batch_size": 0},
+        {"max_failure_rate": 1.5},
+        {"retry": 3},
+    ],
 )
 def test_malformed_client_settings_are_refused(section):
     with pytest.raises(ValueError, match=next(iter(section))):

@@ -14,9 +14,10 @@ from reward_servers import STRANGE, VADER, Server, running
 
 from nemo_warp import exit_codes
 from nemo_warp.rewards import RewardError
-from nemo_warp.rewards.client import RewardClient, RewardClientSettings
+from nemo_warp.rewards.client import RewardClient
 from nemo_warp.rewards.endpoint import Endpoint
 from nemo_warp.rewards.mixture import RewardMixture
+from nemo_warp.rewards.settings import RewardClientSettings
 from nemo_warp.rewards.triton import Serving, serve
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
