@@ -1,0 +1,84 @@
+"""The command ``nemo-warp``: one subcommand per module, imported only when it is called.
+
+A subcommand is a row of `COMMANDS` and a module with two functions::
+
+    def add_arguments(parser: argparse.ArgumentParser) -> None: ...
+    def main(args: argparse.Namespace) -> int: ...   # an exit code, see nemo_warp.exit_codes
+
+Its docstring is the text of ``--help``. A `ValueError` or `RecordError` it raises becomes one
+line, ``error: ...``; anything else is a bug and keeps its stack trace.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+import nemo_warp
+from nemo_warp import exit_codes
+
+COMMANDS = {
+    "doctor": ("nemo_warp.doctor", "what is installed, what is missing and how to get it"),
+}
+"""Subcommand -> the module that implements it and its line in ``nemo-warp --help``."""
+
+_EPILOG = """\
+examples:
+  nemo-warp doctor                              is this machine ready?
+  nemo-warp COMMAND --help                      everything about one command
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand; the process's exit code."""
+    if sys.version_info < (3, 10):
+        found = ".".join(map(str, sys.version_info[:2]))
+        print(f"error: Python 3.10 to 3.12 is needed, this is {found}", file=sys.stderr)
+        return exit_codes.MISCONFIGURED
+    from nemo_warp.records import RecordError  # needs that Python
+
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    args = _parser(arguments).parse_args(arguments)
+    try:
+        return args.main(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return exit_codes.MISCONFIGURED
+    except RecordError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return exit_codes.FAILED
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `nemo-warp status | head`
+        sys.stderr.close()
+        return exit_codes.DONE
+
+
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """The whole parser; only the subcommand that is asked for is imported and filled in."""
+    parser = argparse.ArgumentParser(
+        prog="nemo-warp",
+        description=nemo_warp.__doc__,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    version = f"nemo-warp {nemo_warp.__version__}"
+    parser.add_argument("--version", action="version", version=version)
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    wanted = next((argument for argument in arguments if not argument.startswith("-")), None)
+    for name, (module_name, summary) in COMMANDS.items():
+        subparser = subparsers.add_parser(
+            name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        if name == wanted:
+            module = importlib.import_module(module_name)
+            subparser.description = module.__doc__
+            module.add_arguments(subparser)
+            subparser.set_defaults(main=module.main)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
