@@ -1,0 +1,1 @@
+"""Training and evaluation through NeMo-Aligner: the only subpackage that imports NeMo."""

@@ -1,0 +1,1 @@
+"""Pure mathematics of WARP: torch tensors in, torch tensors out."""

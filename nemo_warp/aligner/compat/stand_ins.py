@@ -77,6 +77,17 @@ def _replace_apex(replacements: Replacements) -> None:
     overrides = importlib.import_module("nemo.collections.nlp.parts.nlp_overrides")
     replacements.set(overrides, "HAVE_APEX", True, "the strategies refuse to start without apex")
 
+    mcore_optim = importlib.import_module("nemo.core.optim.mcore_optim")
+    replacements.set(
+        overrides, "MegatronDistributedFusedAdam", _NoSuchClass, "no optimizer is apex's"
+    )
+    replacements.set(
+        overrides,
+        "McoreDistributedOptimizer",
+        mcore_optim.McoreDistributedOptimizer,
+        "NeMo imports it only beside apex's",
+    )
+
     build_model = importlib.import_module(f"{_MEGATRON}.build_model")
     name = "set_defaults_if_not_set_tensor_model_parallel_attributes"
     replacements.set(
@@ -86,7 +97,7 @@ def _replace_apex(replacements: Replacements) -> None:
     utils = importlib.import_module(f"{_MEGATRON}.utils")
     replacements.set(utils, "listify_model", _as_list, "a list, as apex's makes")
     for norm in ("FusedLayerNorm", "FastLayerNorm", "MixedFusedRMSNorm"):
-        replacements.set(utils, norm, _NoSuchNorm, "no module is one of apex's norms")
+        replacements.set(utils, norm, _NoSuchClass, "no module is one of apex's norms")
 
     clip_grads = importlib.import_module(f"{_MEGATRON}.clip_grads")
     main_params = importlib.import_module("nemo.core.optim.optimizer_with_main_params")
@@ -99,7 +110,7 @@ def _replace_apex(replacements: Replacements) -> None:
         replacements.set(module, "multi_tensor_applier", _apply_kernel, "torch foreach kernels")
 
 
-class _NoSuchNorm:
+class _NoSuchClass:
     """For ``isinstance`` only; nothing is an instance of it."""
 
 

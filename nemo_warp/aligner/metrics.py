@@ -1,0 +1,82 @@
+"""What a member reports: ``metrics.jsonl`` (the record), TensorBoard and W&B (the views).
+
+Timings go to ``timings.jsonl``, so that ``metrics.jsonl`` of a resumed run equals that of an
+uninterrupted one byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from nemo_aligner.utils.train_script_utils import CustomLoggerWrapper
+
+from nemo_warp.records import canonical_json, write_text_atomically
+
+METRICS_FILE = "metrics.jsonl"
+TIMINGS_FILE = "timings.jsonl"
+
+
+class MetricsLog:
+    """Writes metrics on rank 0; does nothing elsewhere.
+
+    Args:
+        directory: the member's.
+        step: records of later steps (of an attempt that died after its last checkpoint) are
+            dropped; they will be made again.
+    """
+
+    def __init__(self, directory: Path, loggers: Any, config: dict[str, Any], step: int, name: str):
+        self._directory = directory
+        for file in (METRICS_FILE, TIMINGS_FILE):
+            _keep_until(directory / file, step)
+        views: list[Logger] = []
+        if loggers.tensorboard:
+            views.append(TensorBoardLogger(directory, name="tensorboard", version=""))
+        if loggers.wandb:
+            views.append(WandbLogger(save_dir=directory, **{"name": name, **loggers.wandb}))
+        self._views = CustomLoggerWrapper(views)
+        self._views.log_hyperparams(config)
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """One record: ``kind`` is ``train``, ``eval`` or ``timing``; NaN becomes null."""
+        record = {"step": step, "kind": kind, **{k: _finite(v) for k, v in values.items()}}
+        file = TIMINGS_FILE if kind == "timing" else METRICS_FILE
+        with (self._directory / file).open("a") as stream:
+            stream.write(canonical_json(record) + "\n")
+        numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
+        self._views.log_metrics(numbers, step=step, prefix=f"{kind}/")
+
+    def close(self) -> None:
+        """Flush the views."""
+        self._views.finalize()
+
+
+class SilentLog:
+    """The log of every rank but the first."""
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Nothing: rank 0 writes."""
+
+    def close(self) -> None:
+        """Nothing to flush."""
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _keep_until(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError):
+            continue  # the line the last attempt died in
+    write_text_atomically(path, "".join(f"{line}\n" for line in kept))

@@ -1,0 +1,109 @@
+"""A member's configuration in NeMo's terms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nemo_aligner.utils.utils import load_and_override_model_config
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from nemo_warp.config import to_plain
+
+_DISTRIBUTED_ADAM = "distributed_fused_adam"
+
+
+def nemo_config(config: DictConfig, global_batch_size: int, max_steps: int) -> DictConfig:
+    """NeMo's tree (``trainer``, ``model``) for the checkpoint ``config.init``.
+
+    The model section is the checkpoint's own configuration under our overrides; what a recipe puts
+    into ``model.extra`` and ``optim.extra`` wins over everything.
+    """
+    plain = to_plain(config)
+    trainer = {k: v for k, v in plain["trainer"].items() if k != "gradient_clip_val"}
+    tree = OmegaConf.create(
+        {
+            "trainer": trainer
+            | {
+                "logger": False,
+                "enable_checkpointing": False,
+                "enable_progress_bar": False,
+                "enable_model_summary": False,
+                "use_distributed_sampler": False,
+                "max_epochs": 1,
+                "max_steps": max_steps,
+            },
+            "exp_manager": {"log_tflops_per_sec_per_gpu": False},
+        }
+    )
+    overrides = _model_overrides(plain, global_batch_size, max_steps)
+    with open_dict(tree):
+        tree.model = load_and_override_model_config(plain["init"], OmegaConf.create(overrides))
+    return tree
+
+
+def _model_overrides(plain: dict[str, Any], global_batch_size: int, max_steps: int) -> dict:
+    model = {k: v for k, v in plain["model"].items() if k != "extra"}
+    overrides = model | {
+        "global_batch_size": global_batch_size,
+        "precision": plain["trainer"]["precision"],
+        "seed": plain["run"]["seed"],
+        # Dropout would make log-probabilities of the same weights differ between passes.
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "ffn_dropout": 0.0,
+        "peft": {"peft_scheme": "none"},
+        "data": {"reset_position_ids": False, "reset_attention_mask": False},
+        "gradient_as_bucket_view": True,
+        "dist_ckpt_format": "torch_dist",
+        "optim": _optimizer(plain["optim"], max_steps),
+        "reinforce": _reinforce(plain),
+        "overwrite_base_config": {"optim": True, "data": True},
+    }
+    return OmegaConf.to_container(OmegaConf.merge(overrides, plain["model"]["extra"]))
+
+
+def _optimizer(optim: dict[str, Any], max_steps: int) -> dict[str, Any]:
+    distributed = {
+        "bucket_cap_mb": 200,
+        "overlap_grad_sync": False,
+        "contiguous_grad_buffer": True,
+    }
+    return {
+        "name": optim["name"],
+        "lr": optim["lr"],
+        "betas": optim["betas"],
+        "weight_decay": optim["weight_decay"],
+        # linear warm-up, then constant; past max_steps NeMo's policy would fall to min_lr
+        "sched": {
+            "name": "WarmupPolicy",
+            "warmup_steps": optim["warmup_steps"],
+            "max_steps": max_steps + 1,
+        },
+        **(distributed if optim["name"] == _DISTRIBUTED_ADAM else {}),
+        **optim["extra"],
+    }
+
+
+def _reinforce(plain: dict[str, Any]) -> dict[str, Any]:
+    """What NeMo-Aligner's actor reads from ``model.reinforce``."""
+    rollout = plain["rollout"]
+    return {
+        "rollout_micro_batch_size": rollout["micro_batch_size"],
+        "forward_micro_batch_size": rollout["forward_micro_batch_size"],
+        "offload_adam_states": plain["optim"]["name"] == _DISTRIBUTED_ADAM,
+        "log_prob_temperature": plain["algorithm"]["log_prob_temperature"],
+        # min_length 0: forbidding an early end would sample from another law than is scored
+        "length_params": {"max_length": rollout["max_response_tokens"], "min_length": 0},
+        "sampling_params": {
+            "use_greedy": False,
+            "temperature": rollout["temperature"],
+            "top_k": rollout["top_k"],
+            "top_p": rollout["top_p"],
+            "repetition_penalty": 1.0,
+            "add_BOS": False,
+            "all_probs": False,
+            "compute_logprob": False,
+            "end_strings": rollout["end_strings"],
+        },
+        "trt_llm": rollout["trt_llm"],
+    }

@@ -1,0 +1,342 @@
+"""The loop of one member: NeMo-Aligner's ReinforceTrainer with WARP's estimator and stopping rules.
+
+One step: generate with the policy, score, log-probabilities of policy and anchor, KL-regularised
+rewards and baselines on the global batch, one optimizer step, one EMA update of the anchor
+(WARP, Algorithm 1, lines 5-10). `run_training` is upstream's, called once per optimizer step.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from nemo.utils import logging
+from nemo_aligner.algorithms.reinforce import ReinforceTrainer
+from nemo_aligner.utils.distributed import ScopedTimer
+from nemo_aligner.utils.utils import clear_memory
+from torch import Tensor
+from tqdm import tqdm
+
+from nemo_warp.aligner import training_checkpoint
+from nemo_warp.aligner.anchor import EmaAnchor
+from nemo_warp.aligner.evaluation import Evaluator
+from nemo_warp.aligner.prompts import Prompt
+from nemo_warp.aligner.rewards import RewardSource
+from nemo_warp.aligner.rollouts import Rollouts, gather_rows, generate, local_rows
+from nemo_warp.aligner.stopping import StopRequest
+from nemo_warp.aligner.weights import ShardedWeights
+from nemo_warp.core.reinforce import compute_advantages, sequence_kl, token_weights
+from nemo_warp.core.seeds import prompt_indices
+from nemo_warp.rewards import RewardFailureRateError
+from nemo_warp.rewards.settings import RewardClientSettings
+
+
+class Outcome(Enum):
+    """How `WarpReinforceTrainer.fit` ended; everything but DONE can be resumed, except KL_LIMIT."""
+
+    DONE = "step T is reached"
+    STOPPED = "stopped early, saved"
+    REWARDS_FAILED = "too many rewards failed, saved"
+    KL_LIMIT = "KL to SFT passed its limit, saved"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one rollout gives the optimizer, and what there is to report about it.
+
+    Attributes:
+        data: ``response_tokens`` int64 [B, S] and ``weights`` float32 [B, S-1], the global batch.
+        metrics: numbers for the log.
+    """
+
+    data: dict[str, Tensor]
+    metrics: dict[str, float]
+
+
+class WarpReinforceTrainer(ReinforceTrainer):
+    """Trains one member.
+
+    Args:
+        config: the member's configuration (conf/member.yaml).
+        anchor: the EMA anchor, moved after each optimizer step; None for a static or no anchor.
+        reference: weights of the KL reference: the anchor's, the SFT policy's, or None.
+        step: optimizer steps already done.
+        evaluated: whether nothing is to be measured at that step (any more).
+    """
+
+    def __init__(  # upstream's builds data loaders that this loop does not use
+        self,
+        config: Any,
+        model: Any,
+        optimizer: Any,
+        scheduler: Any,
+        prompts: list[Prompt],
+        rewards: RewardSource,
+        anchor: EmaAnchor | None,
+        reference: ShardedWeights | None,
+        evaluator: Evaluator,
+        log: Any,
+        stop: StopRequest,
+        step: int = 0,
+        evaluated: bool = False,
+    ) -> None:
+        self.config = config
+        self.cfg = config.trainer  # upstream reads gradient_clip_val from it
+        self.model = model
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.prompts = prompts
+        self.rewards = rewards
+        self.anchor = anchor
+        self.reference = reference
+        self.evaluator = evaluator
+        self.log = log
+        self.logger = _Upstream(log)
+        self.stop = stop
+        self.step = step
+        self.evaluated = evaluated
+        self.reinforce_optimization_step = step
+        self.budget = RewardClientSettings.from_config(config.reward_client).failure_budget()
+        self.checkpoints = Path(config.run.directory) / "checkpoints"
+        self.timer = ScopedTimer(reduction="mean", sync_cuda=True, buffer_size=1)
+
+    def fit(self) -> Outcome:
+        """Train to step T, or until told to stop; returns how it ended. Collective."""
+        run = self.config.run
+        bar = tqdm(
+            total=run.total_steps,
+            initial=self.step,
+            desc=run.name,
+            unit="step",
+            disable=torch.distributed.get_rank() != 0,
+        )
+        try:
+            outcome = self._fit(bar)
+        except RewardFailureRateError as error:
+            logging.error(f"step {self.step}: {error}")
+            outcome = Outcome.REWARDS_FAILED
+        if outcome is not Outcome.DONE:
+            self.save()
+            logging.warning(f"{outcome.value} at step {self.step}")
+        bar.close()
+        return outcome
+
+    def _fit(self, bar: tqdm) -> Outcome:
+        run = self.config.run
+        while True:
+            if not self.evaluated and self._evaluate_and_check_limit():
+                return Outcome.KL_LIMIT
+            if self.step and self._due(run.save_interval):
+                self.save()
+            if self.step == run.total_steps:
+                return Outcome.DONE
+            if reason := self.stop.agreed():
+                logging.warning(reason)
+                return Outcome.STOPPED
+            started = time.monotonic()
+            metrics = self.train_step()
+            self.stop.step_took(time.monotonic() - started)
+            self.evaluated = not self._due(run.eval_interval)
+            self._report(metrics, bar)
+
+    def train_step(self) -> dict[str, float]:
+        """One rollout batch and its optimizer steps.
+
+        Raises:
+            RewardFailureRateError: on every rank, before anything was changed.
+            FloatingPointError: a gradient was not finite; the weights are no longer to be used.
+        """
+        clear_memory()
+        with self.timer("rollout_time"):
+            rollouts = self.generate_rollouts()
+        self.budget.record(
+            rollouts.failed.tolist(), self.rewards.take_reasons(rollouts.failed.tolist())
+        )
+        with self.timer("log_prob_time"):
+            batch = self.prepare_batch(rollouts)
+        with self.timer("train_time"):
+            _, metrics = self.run_training(self.optimizer_batches(batch.data))
+        return batch.metrics | metrics
+
+    @torch.no_grad()
+    def generate_rollouts(self) -> Rollouts:
+        """Responses of the present policy to the next prompts of the member's order."""
+        run, rollout = self.config.run, self.config.rollout
+        number = self.step // rollout.updates_per_rollout
+        first = number * rollout.prompts_per_step
+        indices = prompt_indices(run.seed, first, rollout.prompts_per_step, len(self.prompts))
+        prompts = [self.prompts[i] for i in indices for _ in range(rollout.samples_per_prompt)]
+        self.model.prepare_for_inference()
+        rollouts = generate(
+            self.model,
+            prompts,
+            self.rewards,
+            rollout.micro_batch_size,
+            seed_parts=(run.seed, "rollout", number),
+            pad_multiple=_sequence_multiple(self.model),
+        )
+        self.model.finish_inference()
+        return rollouts
+
+    @torch.no_grad()
+    def prepare_batch(self, rollouts: Rollouts) -> Batch:
+        """KL-regularised rewards, advantages and loss weights; identical on every rank."""
+        algorithm = self.config.algorithm
+        valid = ~rollouts.failed
+        if algorithm.exclude_truncated:
+            valid = valid & rollouts.is_end
+        kl = self._kl_to_anchor(rollouts)
+        penalty = self.config.length_penalty * rollouts.response_lengths
+        regularised = rollouts.rewards - penalty - algorithm.kl_coefficient * kl
+        advantages = compute_advantages(regularised, self._groups(), valid, self.baseline)
+        weights = token_weights(advantages, rollouts.mask, algorithm.policy_reduction)
+        metrics = {
+            "reward": _mean(rollouts.rewards, ~rollouts.failed),
+            "regularised_reward": _mean(regularised, valid),
+            "advantage_std": _mean(advantages.values.square(), advantages.used) ** 0.5,
+            "length": rollouts.response_lengths.float().mean().item(),
+            "ended_share": rollouts.is_end.float().mean().item(),
+            "failed_rewards": int(rollouts.failed.sum()),
+            "samples_used": int(advantages.used.sum()),
+        }
+        if self.reference is not None:
+            metrics["kl_to_anchor"] = kl.mean().item()
+            self._check_start(kl)
+        return Batch({"response_tokens": rollouts.tokens, "weights": weights}, metrics)
+
+    def optimizer_batches(self, data: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """This rank's rows of each optimizer step's part of the batch.
+
+        The parts are equal and the weights are normalised by the whole batch, hence the factor.
+        """
+        parts = self.config.rollout.updates_per_rollout
+        chunks = zip(*(tensor.chunk(parts) for tensor in data.values()), strict=True)
+        batches = []
+        for chunk in chunks:
+            rows = local_rows(len(chunk[0]))
+            batch = {key: value[rows] for key, value in zip(data, chunk, strict=True)}
+            batch["weights"] = batch["weights"] * parts
+            batches.append(batch)
+        return batches
+
+    def run_training(self, dataloader_iter: Any) -> tuple[float, dict[str, float]]:
+        """Upstream's optimizer step for each batch, then one step of the anchor.
+
+        The anchor is not moved in `finish_training`, which upstream also calls when it saves.
+        """
+        for batch in dataloader_iter:
+            loss, metrics = super().run_training([batch])
+            if not math.isfinite(metrics.get("grad_norm", 0.0)) or not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"step {self.step + 1}: loss {loss}, gradient norm {metrics.get('grad_norm')}; "
+                    f"the last good state is the newest of {self.checkpoints}"
+                )
+            if self.anchor is not None:
+                with self.timer("ema_update_time"):
+                    self.anchor.update_()
+            self.step += 1
+        return loss, metrics
+
+    def save(self) -> None:
+        """Write a training checkpoint of this step boundary. Collective."""
+        self.model.prepare_for_training()
+        state = {"step": self.step, "evaluated": self.evaluated}
+        with self.timer("save_time"):
+            training_checkpoint.save(
+                self.checkpoints, self.model, self.anchor, state, self.config.run.keep_checkpoints
+            )
+        self.model.finish_training()
+
+    @property
+    def baseline(self) -> str:
+        """The baseline in use: leave-one-out needs more than one sample per prompt."""
+        algorithm, rollout = self.config.algorithm, self.config.rollout
+        alone = algorithm.baseline == "leave_one_out" and rollout.samples_per_prompt == 1
+        return "batch_mean" if alone else algorithm.baseline
+
+    def _groups(self) -> Tensor:
+        """Which prompt of the step each sample answers, int64 [B]."""
+        rollout = self.config.rollout
+        slots = torch.arange(rollout.prompts_per_step, device=torch.cuda.current_device())
+        return slots.repeat_interleave(rollout.samples_per_prompt)
+
+    def _kl_to_anchor(self, rollouts: Rollouts) -> Tensor:
+        """KL estimate of each response, float32 [B]; each rank computes its own rows."""
+        if self.reference is None:
+            return torch.zeros_like(rollouts.rewards)
+        rows = local_rows(len(rollouts.tokens))
+        self.model.prepare_for_inference()
+        log_probs = self.model.get_inference_log_probs(rollouts.tokens[rows])
+        with self.timer("anchor_log_prob_time"), self.reference.in_place():
+            anchor_log_probs = self.model.get_inference_log_probs(rollouts.tokens[rows])
+        self.model.finish_inference()
+        algorithm = self.config.algorithm
+        kl = sequence_kl(
+            log_probs,
+            anchor_log_probs,
+            rollouts.mask[rows],
+            algorithm.kl_estimator,
+            algorithm.kl_reduction,
+        )
+        return gather_rows(kl)
+
+    def _check_start(self, kl: Tensor) -> None:
+        """At step 0 the EMA anchor is the policy, so their KL is 0 exactly."""
+        if self.step == 0 and self.anchor is not None and kl.abs().max() > 0:
+            raise AssertionError(f"KL to the anchor is {kl.abs().max()} at step 0, expected 0")
+
+    def _due(self, interval: int) -> bool:
+        """At multiples of ``interval``, counted over updates, and at step T."""
+        return self.step % interval == 0 or self.step == self.config.run.total_steps
+
+    def _evaluate(self) -> dict[str, Any]:
+        with self.timer("evaluation_time"):
+            values = self.evaluator.evaluate(self.reference)
+        if self.anchor is not None and self.anchor.flat is not None:
+            values["anchor_flat"] = self.anchor.flat
+        self.evaluated = True
+        self.log.write("eval", self.step, values)
+        return values
+
+    def _evaluate_and_check_limit(self) -> bool:
+        limit = self.config.evaluation.kl_limit
+        kl = self._evaluate()["kl_to_sft"]
+        if limit is None or kl <= limit:
+            return False
+        self.evaluated = False  # so that a rerun measures, and stops, again
+        logging.error(f"KL to SFT is {kl:.1f} nats at step {self.step}, above the limit of {limit}")
+        return True
+
+    def _report(self, metrics: dict[str, float], bar: tqdm) -> None:
+        self.log.write("train", self.step, metrics)
+        self.log.write("timing", self.step, self.timer.consume_durations())
+        bar.set_postfix(
+            reward=f"{metrics['reward']:.3f}", kl=f"{metrics.get('kl_to_anchor', 0):.2f}"
+        )
+        bar.update(self.step - bar.n)
+
+
+class _Upstream:
+    """Stands where upstream's `run_training` logs each optimizer step; `_report` logs them here."""
+
+    def __init__(self, log: Any) -> None:
+        self._log = log
+
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
+        """Already part of the step's own record."""
+
+
+def _mean(values: Tensor, where: Tensor) -> float:
+    """Mean over the samples that count; NaN if there are none."""
+    return values[where].mean().item()
+
+
+def _sequence_multiple(model: Any) -> int:
+    """What the sequence length must be a multiple of."""
+    parallel = model.cfg.get("sequence_parallel", False)
+    return model.cfg.tensor_model_parallel_size if parallel else 1

@@ -1,0 +1,110 @@
+"""The REINFORCE estimator of WARP: KL-regularised rewards, baselines, per-token loss weights.
+
+Every function works on the GLOBAL batch of B samples, so its result cannot depend on how the batch
+is later split over data-parallel ranks or micro batches. Pure functions of torch tensors on any
+one device; nothing is modified in place.
+
+Shapes: B samples, S-1 token positions (log-probabilities of tokens 1..S-1). ``mask`` [B, S-1] is 1
+on response tokens, the one that ended the response included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
+    "log_ratio": lambda d: d,  # k1, unbiased and signed: the paper's
+    "absolute": lambda d: d.abs(),  # NeMo-Aligner's default; not a KL
+    "squared": lambda d: d.square() / 2,  # k2
+    "exponential": lambda d: torch.exp(-d) - 1 + d,  # k3, unbiased and never negative
+}
+"""Per-token estimates of KL(policy || anchor) from d = log pi(y_t) - log pi_anchor(y_t)."""
+
+KL_REDUCTIONS = ("sum", "mean")
+BASELINES = ("leave_one_out", "batch_mean", "none")
+POLICY_REDUCTIONS = ("sequence_sum", "sequence_mean", "token_mean")
+
+
+def response_mask(prompt_lengths: Tensor, lengths: Tensor, num_positions: int) -> Tensor:
+    """Mask [B, num_positions] (float32) of the response tokens among the predicted positions.
+
+    Args:
+        prompt_lengths: int64 [B].
+        lengths: int64 [B], prompt plus response, the ending token included.
+        num_positions: S-1; position j holds the log-probability of token j+1.
+    """
+    position = torch.arange(num_positions, device=lengths.device)[None, :]
+    inside = (position >= prompt_lengths[:, None] - 1) & (position < lengths[:, None] - 1)
+    return inside.float()
+
+
+def sequence_kl(
+    log_probs: Tensor, anchor_log_probs: Tensor, mask: Tensor, estimator: str, reduction: str
+) -> Tensor:
+    """KL estimate of each response, float32 [B], in nats.
+
+    ``log_ratio`` with ``sum`` is the paper's log(pi(y|x) / pi_anchor(y|x)) (Algorithm 1, line 7).
+    """
+    per_token = KL_ESTIMATORS[estimator](log_probs.float() - anchor_log_probs.float())
+    # where, not *: an infinite ratio outside the response must not become NaN.
+    total = torch.where(mask > 0, per_token, 0.0).sum(-1)
+    return total if reduction == "sum" else total / mask.sum(-1).clamp(min=1)
+
+
+@dataclass(frozen=True)
+class Advantages:
+    """What each sample contributes to the gradient.
+
+    Attributes:
+        values: float32 [B], reward minus baseline; 0 where not used.
+        used: bool [B]; False for samples without a gradient: excluded ones, and a sample whose
+            leave-one-out baseline has no other sample to rest on.
+    """
+
+    values: Tensor
+    used: Tensor
+
+
+def compute_advantages(rewards: Tensor, groups: Tensor, valid: Tensor, baseline: str) -> Advantages:
+    """Subtract a baseline that rests on valid samples only.
+
+    Args:
+        rewards: float [B], already KL-regularised; anything (NaN too) where not valid.
+        groups: int64 [B], equal for samples of the same prompt.
+        valid: bool [B]; False for samples excluded from baseline and gradient.
+        baseline: ``leave_one_out`` (mean of the prompt's other valid samples), ``batch_mean``
+            (mean of all other valid samples, so that it stays unbiased) or ``none``.
+    """
+    rewards = torch.where(valid, rewards.float(), 0.0)
+    if baseline == "none":
+        return Advantages(rewards, valid)
+    if baseline == "batch_mean":
+        groups = torch.zeros_like(groups)
+    others = (groups[:, None] == groups[None, :]) & valid[None, :]
+    others = others & ~torch.eye(len(groups), dtype=torch.bool, device=groups.device)
+    count = others.sum(-1)
+    used = valid & (count > 0)
+    # float64: the sum runs over the whole batch for batch_mean.
+    mean = (others.double() @ rewards.double()) / count.clamp(min=1)
+    return Advantages(torch.where(used, rewards - mean.float(), 0.0), used)
+
+
+def token_weights(advantages: Advantages, mask: Tensor, reduction: str) -> Tensor:
+    """Weights w [B, S-1] (float32) with loss = -sum(w * log pi) over the whole batch.
+
+    ``sequence_sum``: (1/B) sum_i A_i sum_t log pi(y_it): the paper's gradient.
+    ``sequence_mean``: the same with the mean over each response's tokens (NeMo-Aligner's loss at
+    micro batch 1). ``token_mean``: the mean over all used tokens of the batch.
+    Samples that are not used weigh 0; they still count in B, so that a failed reward never makes
+    the other samples' steps larger.
+    """
+    weights = advantages.values[:, None] * mask
+    if reduction == "token_mean":
+        return weights / mask[advantages.used].sum().clamp(min=1)
+    if reduction == "sequence_mean":
+        weights = weights / mask.sum(-1, keepdim=True).clamp(min=1)
+    return weights / len(mask)

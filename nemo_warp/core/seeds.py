@@ -1,0 +1,47 @@
+"""Seeds and the order of prompts: functions of (seed, step), so that a resumed run repeats nothing.
+
+There is no state to save. Step t of member seed s always reads the same prompts and draws the same
+random numbers, whatever happened before and however the batch is split over ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 63-bit seed from the parts; changing any part gives an unrelated seed."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def epoch_order(seed: int, epoch: int, num_prompts: int) -> list[int]:
+    """The permutation of ``range(num_prompts)`` that one epoch reads."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
+    return torch.randperm(num_prompts, generator=generator).tolist()
+
+
+def prompt_indices(seed: int, start: int, count: int, num_prompts: int) -> list[int]:
+    """Prompts number ``start`` to ``start + count - 1`` of the member's endless stream.
+
+    Every prompt is read once per epoch; a batch may straddle two epochs.
+    """
+    orders: dict[int, list[int]] = {}
+    indices = []
+    for position in range(start, start + count):
+        epoch, offset = divmod(position, num_prompts)
+        if epoch not in orders:
+            orders[epoch] = epoch_order(seed, epoch, num_prompts)
+        indices.append(orders[epoch][offset])
+    return indices
+
+
+def order_hash(prompts: Sequence[str], seed: int) -> str:
+    """SHA-256 (hex) of the prompts in the order of epoch 0: two members must not share it."""
+    digest = hashlib.sha256()
+    for index in epoch_order(seed, 0, len(prompts)):
+        digest.update(prompts[index].encode() + b"\0")
+    return digest.hexdigest()
