@@ -191,10 +191,10 @@ def _check(values: Any, known: Any, source: str, defaults: str, path: str = "") 
 
 def _check_type(value: Any, default: Any, path: str, source: str) -> None:
     """Refuse a value that cannot stand where ``default`` stands."""
-    if default is None or value is None or default == "???":
+    if default is None or value is None:
         return
-    if isinstance(value, str) and ("${" in value or value == "???"):
-        return
+    if any(isinstance(v, str) and ("${" in v or v == "???") for v in (value, default)):
+        return  # known only once resolved
     accepted: tuple[type, ...] = {bool: (bool,), float: (float, int), int: (int,), str: (str,)}.get(
         type(default), (list, tuple)
     )
