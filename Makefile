@@ -1,0 +1,43 @@
+# Everything for a machine outside NVIDIA's container. `make` lists the targets.
+# In the container nothing of this is needed: pip install --no-deps -e .
+
+VENV ?= .venv
+PYTHON ?= $(shell tools/find_python.sh)
+PYTEST_ARGS ?=
+
+# Set-up is done once per Python version and again when what it installs changes.
+PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+READY := $(VENV)/.ready-$(PYTHON_VERSION)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup doctor demo test lint clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@echo
+	@echo '  PYTHON=python3.12 make test      another Python (3.10 to 3.12)'
+	@echo '  PYTEST_ARGS="-k anchor" make test'
+	@echo '  TORCH_INDEX_URL=...              where torch comes from (default: see tools/setup_venv.sh)'
+
+setup: $(READY) ## system packages (where allowed) and a virtual environment in .venv
+
+$(READY): constraints/cpu.txt pyproject.toml tools/setup_system.sh tools/setup_venv.sh
+	tools/setup_system.sh
+	tools/setup_venv.sh "$(PYTHON)" "$(VENV)"
+	@touch $@
+
+doctor: setup ## what is installed, stood in for, missing
+	$(VENV)/bin/nemo-warp doctor
+
+# THE DEMO COMMAND: the one line below `demo:`.
+demo: setup ## the whole method, small, on real text: no GPU needed
+	$(VENV)/bin/nemo-warp run recipes/tiny/recipe.yaml
+
+test: setup ## every test, with linters as tests
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: setup ## ruff, import-linter, shellcheck only
+	$(VENV)/bin/python -m pytest tests/test_style.py
+
+clean: ## remove the virtual environment and caches (not build/ or runs/)
+	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,58 @@
+#!/bin/bash
+# Make the virtual environment with exactly the packages of constraints/cpu.txt.
+#
+#   tools/setup_venv.sh PYTHON VENV
+#
+# torch comes from TORCH_INDEX_URL if set; by default from PyTorch's CPU index where there is no
+# GPU, and from pip's own index (PyPI) where there is one or the CPU index cannot be reached.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+python=${1:?PYTHON is missing: apt-get install python3.11 python3.11-venv}
+venv=${2:?}
+lock=constraints/cpu.txt
+
+make_venv() {
+    if "$python" -m venv --clear "$venv"; then
+        return
+    fi
+    rm -rf "$venv"
+    if "$python" -m virtualenv "$venv" 2>/dev/null; then
+        return
+    fi
+    version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+    echo "error: $python cannot make a virtual environment: apt-get install python$version-venv" >&2
+    exit 2
+}
+
+same_python() {
+    ask='import sys; print(sys.version_info[:3])'
+    [[ -x $venv/bin/python && $("$venv/bin/python" -c "$ask") == "$("$python" -c "$ask")" ]]
+}
+
+same_python || make_venv
+rm -f "$venv"/.ready-*
+pip=("$venv/bin/python" -m pip --disable-pip-version-check)
+
+# 1. torch, which has an index of its own
+torch=$(grep '^torch==' $lock)
+if [[ -z ${TORCH_INDEX_URL-} ]] && ! nvidia-smi -L >/dev/null 2>&1; then
+    TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
+fi
+cpu_index=()
+if [[ -n ${TORCH_INDEX_URL-} ]]; then
+    cpu_index=(--extra-index-url "$TORCH_INDEX_URL")
+fi
+"${pip[@]}" install --no-deps --retries 1 "${cpu_index[@]}" "$torch"
+
+# 2. everything else, without dependency resolution: NeMo's own pins contradict each other
+"${pip[@]}" install --no-deps -r $lock
+
+# 3. PyPI's torch cannot be imported without CUDA libraries, which the lock leaves out
+if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
+    echo "torch needs its CUDA libraries (about 3 GB): installing them"
+    "${pip[@]}" install --upgrade-strategy only-if-needed "$torch"
+fi
+
+# 4. this package
+"${pip[@]}" install --no-deps -e .
