@@ -1,0 +1,164 @@
+"""From stored keys to logical tensors: wrapper prefixes, layers, groups.
+
+Megatron-core stores a homogeneous model's layers stacked, ``decoder.layers.<rest>`` with an axis
+over layers in front, and others one by one, ``decoder.layers.7.<rest>``. Both become one logical
+tensor per layer, named the second way, so that the two give the same merge.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from nemo_warp.checkpoints.errors import CheckpointError
+from nemo_warp.checkpoints.logical import (
+    LogicalTensor,
+    Record,
+    check_tiling,
+    patches_of_block,
+)
+
+WRAPPERS = ("model.module.module.", "model.module.", "model.", "module.")
+"""Prefixes that wrappers put before the model's own names (NeMo 1, AMP O2, NeMo 2)."""
+
+MAX_PATCHES = 1 << 20
+_LAYER = re.compile(r"^(?P<stack>(?:.*\.)?layers)\.(?P<index>\d+)\.(?P<rest>.+)$")
+_STACKED = re.compile(r"^(?P<stack>(?:.*\.)?layers)\.(?P<rest>(?!\d+\.).+)$")
+_NOT_MODEL = re.compile(r"^(optimizer|chained_\d+|rng_state|rerun_state_machine_state)\b")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A stored shard [offsets, offsets + sizes) of a tensor, row-major at ``start`` in a record."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    record: Record
+    start: int
+
+
+@dataclass(frozen=True)
+class StackedTensor:
+    """A tensor as stored, possibly with an axis over layers, and its shards."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    blocks: tuple[Block, ...]
+
+
+def model_keys(keys: Iterable[str]) -> dict[str, str]:
+    """Stored key -> canonical name, for the keys that belong to the model.
+
+    Optimizer state, random states and other tenants of a training checkpoint are left out: they
+    lack the wrapper prefix that the model's own keys carry.
+    """
+    keys = list(keys)
+    wrapped = any(key.startswith(WRAPPERS) for key in keys)
+    if not wrapped:
+        return {key: key for key in keys if not _NOT_MODEL.match(key)}
+    return {key: strip_wrapper(key) for key in keys if key.startswith(WRAPPERS)}
+
+
+def strip_wrapper(key: str) -> str:
+    """``key`` without the first wrapper prefix that matches."""
+    prefix = next((wrapper for wrapper in WRAPPERS if key.startswith(wrapper)), "")
+    return key[len(prefix) :]
+
+
+def group_of(name: str) -> str:
+    """The group that shares one angle: a layer, the embedding, the final norm, the output layer."""
+    if match := _LAYER.match(name):
+        return f"{match['stack']}.{match['index']}"
+    head, _, rest = name.partition(".")
+    return f"{head}.{rest.partition('.')[0]}" if head in ("decoder", "encoder") else head
+
+
+def group_order(group: str) -> tuple[int, str, int]:
+    """Sort key: embedding, layers by number, then everything after them by name."""
+    stack, _, index = group.rpartition(".")
+    if stack.endswith("layers") and index.isdigit():
+        return 1, stack, int(index)
+    return (0 if group == "embedding" else 2), group, 0
+
+
+def depth_of(group: str) -> int | None:
+    """Layer number of a group, None for the groups outside the stack."""
+    rank, _, index = group_order(group)
+    return index if rank == 1 else None
+
+
+def logical_tensors(
+    stored: Iterable[tuple[str, StackedTensor]], where: str
+) -> dict[str, LogicalTensor]:
+    """Logical tensors of (canonical name, stored tensor) pairs, stacked ones split into layers.
+
+    Raises:
+        CheckpointError: shards are missing, overlap, or two keys mean the same tensor.
+    """
+    tensors: dict[str, LogicalTensor] = {}
+    for name, entry in stored:
+        for tensor in _layers(name, entry, where):
+            if tensor.name in tensors:
+                raise CheckpointError(f"{where}: two entries mean {tensor.name}")
+            check_tiling(tensor, tensor.patches, where)
+            tensors[tensor.name] = tensor
+    return tensors
+
+
+def _layers(name: str, entry: StackedTensor, where: str) -> Iterator[LogicalTensor]:
+    _check_blocks(entry, where)
+    match = _STACKED.match(name)
+    if match is None:
+        yield _tensor(name, entry.shape, entry.dtype, entry.blocks)
+        return
+    if len(entry.shape) < 2:
+        raise CheckpointError(f"{where}: {entry.key} is stacked over layers but has no layer axis")
+    layers: list[list[Block]] = [[] for _ in range(entry.shape[0])]
+    for block in entry.blocks:
+        for layer, piece in _slices(block, entry.dtype.itemsize):
+            layers[layer].append(piece)
+    for index, blocks in enumerate(layers):
+        layer_name = f"{match['stack']}.{index}.{match['rest']}"
+        yield _tensor(layer_name, entry.shape[1:], entry.dtype, blocks)
+
+
+def _slices(block: Block, itemsize: int) -> Iterator[tuple[int, Block]]:
+    """The block cut along its first axis; each cut is contiguous in the file."""
+    sizes, stride = block.sizes[1:], itemsize
+    for size in sizes:
+        stride *= size
+    for i in range(block.sizes[0]):
+        start = block.start + i * stride
+        yield block.offsets[0] + i, Block(block.offsets[1:], sizes, block.record, start)
+
+
+def _tensor(name, shape, dtype, blocks) -> LogicalTensor:
+    patches = [
+        patch
+        for block in blocks
+        for patch in patches_of_block(
+            shape, block.offsets, block.sizes, block.record, block.start, dtype.itemsize
+        )
+    ]
+    return LogicalTensor(name, tuple(shape), dtype, tuple(patches))
+
+
+def _check_blocks(entry: StackedTensor, where: str) -> None:
+    """Bounds that keep later loops short, before anything is expanded."""
+    for block in entry.blocks:
+        numel = 1
+        for offset, size, whole in zip(block.offsets, block.sizes, entry.shape, strict=True):
+            if offset < 0 or size < 1 or offset + size > whole:
+                raise CheckpointError(
+                    f"{where}: a shard of {entry.key} at {list(block.offsets)} of size "
+                    f"{list(block.sizes)} lies outside its shape {list(entry.shape)}"
+                )
+            numel *= size
+        if block.start + numel * entry.dtype.itemsize > block.record.size:
+            raise CheckpointError(f"{where}: a shard of {entry.key} is larger than its file")
+    if len(entry.blocks) > MAX_PATCHES:
+        raise CheckpointError(f"{where}: {entry.key} has {len(entry.blocks)} shards")

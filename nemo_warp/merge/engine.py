@@ -1,0 +1,252 @@
+"""One pass over the data: read a group of all inputs, measure its angles, write all outputs.
+
+A group (a layer) of every input is in memory once, in buffers that the next group reuses. Reading,
+Gram, and merging are each spread over threads; the kernel reads the next group and writes the
+last one meanwhile.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from typing import Any
+
+import numpy as np
+import torch
+
+from nemo_warp.checkpoints.errors import CheckpointError
+from nemo_warp.checkpoints.logical import LogicalTensor, Patch
+from nemo_warp.checkpoints.reading import FileCache, read_patches, records_of
+from nemo_warp.merge.blocks import Slab, blocks_of, slabs_of
+from nemo_warp.merge.kernel import STOCHASTIC, Scratch, block_rng, round_to
+from nemo_warp.merge.output import Output, Part
+from nemo_warp.merge.plan import GroupPlan, MergePlan, TensorPlan
+
+_ALIGNMENT = 64
+
+
+class Engine:
+    """Runs groups of a plan.
+
+    Args:
+        plan: what to merge.
+        outputs: one per eta, in the order of the plan's etas.
+        progress: called with a number of bytes read or written, from any thread.
+    """
+
+    def __init__(self, plan: MergePlan, outputs: list[Output], progress: Callable[[int], Any]):
+        self.plan, self.outputs, self.progress = plan, outputs, progress
+        self.files = FileCache()
+        self._pool = ThreadPoolExecutor(
+            plan.options.workers, "merge", initializer=torch.set_num_threads, initargs=(1,)
+        )
+        self._scratch = threading.local()
+        sizes = [
+            max(_arena_bytes(group, index) for group in plan.groups)
+            for index in range(len(plan.inputs))
+        ]
+        self._arenas = [_aligned(size) for size in sizes]
+        self._buffers: dict[str, list[torch.Tensor]] = {}
+
+    def close(self) -> None:
+        """Stop the threads and close the inputs."""
+        self._pool.shutdown(cancel_futures=True)
+        self.files.__exit__()
+
+    def load(self, group: GroupPlan) -> None:
+        """Read the group from all inputs, in logical order.
+
+        Raises:
+            CheckpointError: damaged bytes, or copies that differ.
+        """
+        cursors, tasks = [0] * len(self._arenas), []
+        self._buffers = {}
+        for tensor in group.tensors:
+            self._buffers[tensor.name] = []
+            for index, source in enumerate(tensor.sources):
+                window = self._arenas[index][cursors[index] : cursors[index] + source.nbytes]
+                cursors[index] += _padded(source.nbytes)
+                self._buffers[tensor.name].append(window.view(source.dtype))
+                target = window.numpy().reshape(source.rows, source.cols * source.dtype.itemsize)
+                for record, patches in records_of(source).items():
+                    size = sum(p.rows * p.cols for p in patches) * source.dtype.itemsize
+                    tasks.append((self._read, source, record, patches, target, size))
+        self._run(sorted(tasks, key=lambda task: -task[-1]))
+
+    def prefetch(self, group: GroupPlan) -> None:
+        """Have the kernel read the group while something else is computed."""
+        for tensor in group.tensors:
+            for source in tensor.sources:
+                self.files.prefetch({patch.record for patch in source.patches})
+
+    def grams(self, group: GroupPlan) -> dict[str, np.ndarray]:
+        """Unit -> [1 + M (+ 1), ...] Gram matrix of (theta_init, deltas) of the loaded group.
+
+        Block results are summed exactly (math.fsum), so neither their number nor order matters.
+
+        Raises:
+            CheckpointError: an input holds a NaN or an infinity.
+        """
+        tasks, owners = [], []
+        for tensor in group.tensors:
+            for slab in slabs_of(tensor.true_rows, tensor.target.cols):
+                tasks.append((self._gram_slab, tensor, slab))
+                owners.append(tensor)
+        blocks: dict[str, list[np.ndarray]] = {}
+        for tensor, found in zip(owners, self._run(tasks), strict=True):
+            blocks.setdefault(tensor.unit, []).extend(found)
+        return {unit: exact_sum(found) for unit, found in blocks.items()}
+
+    def merge(self, group: GroupPlan, coefficients: dict[str, np.ndarray]) -> MergedGroup:
+        """Write the loaded group to all outputs.
+
+        Args:
+            group: the group last loaded.
+            coefficients: unit -> [K + 1, N] over the inputs; the last row is the task vector.
+        """
+        tasks = [
+            (self._merge_slab, tensor, slab, torch.from_numpy(coefficients[tensor.unit]))
+            for tensor in group.tensors
+            for slab in slabs_of(tensor.true_rows, tensor.target.cols)
+        ]
+        padding = [
+            (self._copy_padding, tensor, Slab(tensor.true_rows, tensor.target.rows))
+            for tensor in group.tensors
+            if tensor.true_rows < tensor.target.rows
+        ]
+        results = self._run(tasks)
+        merged = MergedGroup(len(self.outputs))
+        for (_, tensor, *_rest), (parts, projections, changed) in zip(tasks, results, strict=True):
+            merged.add(tensor.unit, parts, projections, changed)
+        for parts in self._run(padding):
+            merged.add_parts(parts)
+        return merged
+
+    def _read(self, source: LogicalTensor, record, patches, target, size) -> None:
+        read_patches(self.files, source, record, patches, target)
+        self.progress(size)
+
+    def _views(self, tensor: TensorPlan, slab: Slab) -> list[torch.Tensor]:
+        cols = tensor.target.cols
+        return [b[slab.first * cols : slab.last * cols] for b in self._buffers[tensor.name]]
+
+    def _gram_slab(self, tensor: TensorPlan, slab: Slab) -> list[np.ndarray]:
+        views, scratch, found = self._views(tensor, slab), self._thread_scratch(), []
+        for start, stop in blocks_of(slab, tensor.target.cols):
+            gram = scratch.gram([view[start:stop] for view in views])
+            if not np.isfinite(gram).all():
+                self._refuse_nonfinite(tensor, [view[start:stop] for view in views])
+            found.append(gram)
+        return found
+
+    def _refuse_nonfinite(self, tensor: TensorPlan, views: list[torch.Tensor]) -> None:
+        for checkpoint, view in zip(self.plan.inputs, views, strict=True):
+            if not torch.isfinite(view).all():
+                raise CheckpointError(
+                    f"{checkpoint.path}: {tensor.name} holds a NaN or an infinity; "
+                    "the policy diverged, choose an earlier checkpoint"
+                )
+        raise CheckpointError(f"{tensor.name}: its inner products overflow float64")
+
+    def _merge_slab(self, tensor: TensorPlan, slab: Slab, coefficients: torch.Tensor):
+        views, scratch, cols = self._views(tensor, slab), self._thread_scratch(), tensor.target.cols
+        rounded = [torch.empty(views[0].numel(), dtype=tensor.target.dtype) for _ in self.outputs]
+        projections, changed = np.zeros(len(rounded)), np.zeros(len(rounded), dtype=np.int64)
+        for start, stop in blocks_of(slab, cols):
+            scratch.merge([view[start:stop] for view in views], coefficients)
+            pieces = [values[start:stop] for values in rounded]
+            self._round(tensor, slab.first * cols + start, scratch, pieces)
+            projected, differing = scratch.measure(pieces)
+            projections += projected
+            changed += differing
+        return self._write(tensor, slab, rounded), projections, changed
+
+    def _round(self, tensor: TensorPlan, start: int, scratch: Scratch, pieces: list[torch.Tensor]):
+        options = self.plan.options
+        for eta, row, piece in zip(options.etas, scratch.outputs, pieces, strict=False):
+            stochastic = options.rounding == STOCHASTIC
+            rng = block_rng(options.seed, tensor.name, eta, start) if stochastic else None
+            round_to(piece, row[: piece.numel()], rng)
+
+    def _copy_padding(self, tensor: TensorPlan, slab: Slab) -> list[list[Part]]:
+        values = self._views(tensor, slab)[0].to(tensor.target.dtype)
+        return self._write(tensor, slab, [values] * len(self.outputs))
+
+    def _write(self, tensor: TensorPlan, slab: Slab, rounded: list[torch.Tensor]):
+        """Write the slab to every output; returns the parts of each."""
+        target, parts = tensor.target, []
+        copies = [target.patches, *target.replicas]
+        for output, values in zip(self.outputs, rounded, strict=True):
+            rows = values.view(-1, target.cols)
+            written = [_write_patch(output, patch, slab, rows) for copy in copies for patch in copy]
+            parts.append([part for part in written if part is not None])
+            self.progress(values.nbytes)
+        return parts
+
+    def _thread_scratch(self) -> Scratch:
+        if not hasattr(self._scratch, "value"):
+            self._scratch.value = Scratch(len(self.plan.inputs), len(self.outputs))
+        return self._scratch.value
+
+    def _run(self, tasks: Iterable[tuple]) -> list:
+        """Results of (function, *arguments) tasks, in order; the first error stops the rest."""
+        futures: list[Future] = [self._pool.submit(*task) for task in tasks]
+        done, waiting = wait(futures, return_when=FIRST_EXCEPTION)
+        for future in waiting:
+            future.cancel()
+        wait(waiting)
+        for future in done:
+            if not future.cancelled() and (error := future.exception()) is not None:
+                raise error
+        return [future.result() for future in futures]
+
+
+class MergedGroup:
+    """What writing a group left behind, per output: parts written and statistics per unit."""
+
+    def __init__(self, num_outputs: int):
+        self.parts: list[list[Part]] = [[] for _ in range(num_outputs)]
+        self.projections: dict[str, np.ndarray] = {}
+        self.changed: dict[str, np.ndarray] = {}
+
+    def add_parts(self, parts: list[list[Part]]) -> None:
+        """Add one slab's parts, a list per output."""
+        for known, new in zip(self.parts, parts, strict=True):
+            known.extend(new)
+
+    def add(self, unit: str, parts: list[list[Part]], projections, changed) -> None:
+        """Add one slab's parts and [K] statistics."""
+        self.add_parts(parts)
+        self.projections[unit] = self.projections.get(unit, 0.0) + projections
+        self.changed[unit] = self.changed.get(unit, 0) + changed
+
+
+def exact_sum(matrices: list[np.ndarray]) -> np.ndarray:
+    """Element-wise sum of equally shaped float64 matrices, rounded once: independent of order."""
+    columns = np.stack(matrices).reshape(len(matrices), -1).T
+    return np.array([math.fsum(column) for column in columns]).reshape(matrices[0].shape)
+
+
+def _write_patch(output: Output, patch: Patch, slab: Slab, rows: torch.Tensor) -> Part | None:
+    first, last = max(slab.first, patch.row), min(slab.last, patch.row + patch.rows)
+    if first >= last:
+        return None
+    window = rows[first - slab.first : last - slab.first, patch.col : patch.col + patch.cols]
+    window = window.contiguous()
+    start = patch.start + (first - patch.row) * patch.cols * window.element_size()
+    return output.write(patch.record, start, memoryview(window.view(torch.uint8).numpy()).cast("B"))
+
+
+def _padded(size: int) -> int:
+    return size + -size % _ALIGNMENT
+
+
+def _arena_bytes(group: GroupPlan, index: int) -> int:
+    return sum(_padded(tensor.sources[index].nbytes) for tensor in group.tensors)
+
+
+def _aligned(size: int) -> torch.Tensor:
+    """Uninitialised bytes; torch aligns them to 64, which dtype views need."""
+    return torch.empty(size, dtype=torch.uint8)

@@ -1,0 +1,127 @@
+"""Options of a merge, validated in one place for the command line, recipes and notebooks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+METHODS = ("slerp", "lerp", "slerp-full")
+GRANULARITIES = ("layer", "tensor", "model")
+DTYPES = ("same", "float32", "bfloat16")
+ROUNDINGS = ("nearest", "stochastic")
+SOURCES = ("weights", "masters")
+MAX_ETA = 2.0
+_RECORDED = (
+    *("method", "granularity", "weight", "dtype"),
+    *("rounding", "seed", "source", "vocab_size"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions:
+    """What is merged into what.
+
+    Attributes:
+        init: theta_init, whose format, layout, configuration and artifacts the outputs take.
+        policies: theta_1 .. theta_M, in the order of slerpm.
+        outputs: eta -> path; a path ending in ``.nemo`` is written as a tar, others as folders.
+        method: ``slerp`` of task vectors, ``lerp``, or ``slerp-full`` of full weights.
+        granularity: what shares one angle: ``layer``, ``tensor`` or ``model``.
+        weight: lambda of the second of two policies; None is uniform.
+        liti_towards: interpolate towards this checkpoint instead of the init.
+        dtype: ``same`` as the init per tensor, ``float32`` or ``bfloat16``.
+        rounding: ``nearest``, or seeded ``stochastic`` for bfloat16 outputs.
+        source: ``weights``, or fp32 ``masters`` from training checkpoints where there are any.
+        vocab_size: true rows of the embedding; None reads it from the configuration or tokenizer.
+        allow_similar: accept policies whose task vectors have a cosine above 0.99.
+        workers: threads per process; the result does not depend on it.
+        report: directory for report.json, table and pictures; None writes none.
+        verify: None, ``sample`` or ``full``.
+        overwrite: replace existing outputs.
+    """
+
+    init: Path
+    policies: tuple[Path, ...]
+    outputs: dict[float, Path]
+    method: str = "slerp"
+    granularity: str = "layer"
+    weight: float | None = None
+    liti_towards: Path | None = None
+    dtype: str = "same"
+    rounding: str = "nearest"
+    seed: int = 0
+    source: str = "weights"
+    vocab_size: int | None = None
+    allow_similar: bool = False
+    workers: int = 1
+    report: Path | None = None
+    verify: str | None = None
+    overwrite: bool = False
+
+    def __post_init__(self):
+        _one_of("method", self.method, METHODS)
+        _one_of("granularity", self.granularity, GRANULARITIES)
+        _one_of("dtype", self.dtype, DTYPES)
+        _one_of("rounding", self.rounding, ROUNDINGS)
+        _one_of("source", self.source, SOURCES)
+        _one_of("verify", self.verify, (None, "sample", "full"))
+        if not self.policies:
+            raise ValueError("no policy to merge; pass at least one with --policies")
+        if self.weight is not None and len(self.policies) != 2:
+            raise ValueError(f"--weight needs exactly two policies, found {len(self.policies)}")
+        if self.weight is not None and not 0.0 <= self.weight <= 1.0:
+            raise ValueError(f"--weight must lie in [0, 1], found {self.weight}")
+        for eta in self.outputs:
+            if not 0.0 <= eta <= MAX_ETA:
+                raise ValueError(f"--eta must lie in [0, {MAX_ETA:g}], found {eta:g}")
+        if self.workers < 1:
+            raise ValueError(f"--workers must be at least 1, found {self.workers}")
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise ValueError(f"--vocab-size must be positive, found {self.vocab_size}")
+        self._check_paths()
+
+    def _check_paths(self) -> None:
+        outputs = [path.resolve() for path in self.outputs.values()]
+        if len(set(outputs)) != len(outputs):
+            raise ValueError("several etas share one output; put {eta} into --output")
+        for source in self.inputs:
+            if source.resolve() in outputs:
+                raise ValueError(
+                    f"{source} is both input and output; a merge never overwrites an input"
+                )
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """Init, policies, and the LITI anchor if there is one: the order of all coefficients."""
+        anchor = () if self.liti_towards is None else (self.liti_towards,)
+        return (self.init, *self.policies, *anchor)
+
+    @property
+    def etas(self) -> tuple[float, ...]:
+        """The etas, ascending."""
+        return tuple(sorted(self.outputs))
+
+    def recorded(self) -> dict[str, Any]:
+        """The options that decide the outputs' bytes, as plain values without any path."""
+        values = {name: getattr(self, name) for name in _RECORDED}
+        return {**values, "etas": list(self.etas), "liti_towards": self.liti_towards is not None}
+
+
+def outputs_of(template: str, etas: list[float]) -> dict[float, Path]:
+    """Output path of each eta, from a template that holds ``{eta}`` when there are several.
+
+    Raises:
+        ValueError: several etas but one path, an unknown placeholder, or a repeated eta.
+    """
+    if len(set(etas)) != len(etas):
+        raise ValueError(f"--eta repeats a value: {' '.join(f'{eta:g}' for eta in etas)}")
+    if "{eta}" not in template and len(etas) > 1:
+        raise ValueError(f"{len(etas)} etas but one output; put {{eta}} into --output {template}")
+    return {eta: Path(template.replace("{eta}", f"{eta:g}")) for eta in etas}
+
+
+def _one_of(name: str, value: Any, choices: tuple) -> None:
+    if value not in choices:
+        listed = ", ".join(str(choice) for choice in choices)
+        raise ValueError(f"unknown {name} {value!r}; choose one of {listed}")

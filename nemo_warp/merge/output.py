@@ -1,0 +1,198 @@
+"""Outputs on disk while they are being written, and their publication.
+
+Each output grows in a hidden folder beside its final path (same file system), as one tar or a
+folder of files at their final size. Bytes go to their final offsets, checksums and provenance
+follow, everything is fsynced, and one rename publishes it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tarfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemo_warp.checkpoints.archive import read_record
+from nemo_warp.checkpoints.checkpoint import PROVENANCE
+from nemo_warp.checkpoints.image import CheckpointImage, FileImage
+from nemo_warp.checkpoints.logical import Record
+from nemo_warp.merge.crc import combine
+from nemo_warp.records import fsync_directory
+
+_COPY_BYTES = 1 << 22
+_TAR_RECORD = tarfile.RECORDSIZE
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes written into a record: where they start in it, how many, and their CRC-32."""
+
+    file: str
+    offset: int
+    start: int
+    size: int
+    crc32: int
+
+
+class Output:
+    """One output under construction.
+
+    Args:
+        final: the path it will have; a ``.nemo`` suffix makes it a tar.
+        image: its layout.
+    """
+
+    def __init__(self, final: Path, image: CheckpointImage):
+        self.final, self.image = final, image
+        self.is_tar = final.suffix == ".nemo"
+        self.folder = final.with_name(f".{final.name}.merging")
+        self.content = self.folder / "content"
+        self._files = {file.name: file for file in image.files}
+        self._bases: dict[str, int] = {}
+        self._headers: list[tuple[int, bytes]] = []
+        self._tar_end = self._lay_out_tar() if self.is_tar else 0
+        self._descriptors: dict[str, int] = {}
+
+    def _lay_out_tar(self) -> int:
+        cursor = 0
+        for file in self.image.files:
+            header = _tar_header(file.name, file.size)
+            self._headers.append((cursor, header))
+            self._bases[file.name] = cursor + len(header)
+            cursor += len(header) + file.size + -file.size % tarfile.BLOCKSIZE
+        return cursor
+
+    def create(self) -> None:
+        """Make the files at their final size and write everything that is not merged."""
+        self.content.parent.mkdir(parents=True, exist_ok=True)
+        for file in self.image.files:
+            descriptor = self._descriptor(file.name)
+            if not self.is_tar:
+                os.ftruncate(descriptor, file.size)
+        if self.is_tar:
+            for offset, header in self._headers:
+                os.pwrite(self._tar, header, offset)
+            os.ftruncate(self._tar, self._tar_end)
+
+    def write_fixed(self) -> dict[tuple[str, int], int]:
+        """Write headers and copied bytes; returns (file, offset) -> CRC-32 of each."""
+        crcs = {}
+        for file in self.image.files:
+            for offset, content in file.pieces:
+                crcs[file.name, offset] = self._write_content(file, offset, content)
+            for offset, image in file.zips:
+                for header_offset, header in image.headers():
+                    self._pwrite(file.name, header, offset + header_offset)
+        return crcs
+
+    def _write_content(self, file: FileImage, offset: int, content: bytes | Record) -> int:
+        if isinstance(content, bytes):
+            self._pwrite(file.name, content, offset)
+            return zlib.crc32(content)
+        crc = 0
+        for start in range(0, content.size, _COPY_BYTES):
+            size = min(_COPY_BYTES, content.size - start)
+            part = Record(content.path, content.offset + start, size)
+            data = read_record(part, _COPY_BYTES, str(content.path))
+            self._pwrite(file.name, data, offset + start)
+            crc = zlib.crc32(data, crc)
+        return crc
+
+    def write(self, record: Record, start: int, data: memoryview) -> Part:
+        """Write bytes of a merged tensor at ``start`` in one of the image's holes."""
+        name = str(record.path)
+        self._pwrite(name, data, record.offset + start)
+        return Part(name, record.offset, start, len(data), zlib.crc32(data))
+
+    def sync(self) -> None:
+        """Make everything written so far durable."""
+        for descriptor in set(self._descriptors.values()):
+            os.fdatasync(descriptor)
+
+    def seal(self, crcs: dict[tuple[str, int], int], provenance: bytes) -> None:
+        """Fill in checksums and provenance, and make the output durable and complete.
+
+        Args:
+            provenance: contents of ``warp_merge.json``.
+            crcs: (file, offset) -> CRC-32 of every piece and every merged record.
+        """
+        for file in self.image.files:
+            for offset, image in file.zips:
+                found = [crcs[file.name, offset + data] for data in image.data_offsets]
+                for trailer_offset, trailer in image.trailers(found):
+                    self._pwrite(file.name, trailer, offset + trailer_offset)
+        if self.is_tar:
+            self._append_to_tar(provenance)
+        else:
+            (self.content / PROVENANCE).write_bytes(provenance)
+        self.sync()
+        self.close()
+        for folder in {path.parent for path in self.content.rglob("*")} | {self.folder}:
+            fsync_directory(folder)
+
+    def _append_to_tar(self, provenance: bytes) -> None:
+        header = _tar_header(PROVENANCE, len(provenance))
+        end = self._tar_end + len(header) + len(provenance)
+        os.pwrite(self._tar, header + provenance, self._tar_end)
+        end += -end % tarfile.BLOCKSIZE + 2 * tarfile.BLOCKSIZE
+        os.ftruncate(self._tar, end + -end % _TAR_RECORD)
+
+    def publish(self, overwrite: bool) -> None:
+        """Give the sealed output its final name; the old one, if any, is gone afterwards."""
+        if self.final.exists() and overwrite:
+            old = self.folder / "replaced"
+            if self.final.is_dir() or self.content.is_dir():
+                self.final.rename(old)
+            self.content.rename(self.final)
+        else:
+            self.content.rename(self.final)
+        fsync_directory(self.final.parent)
+        shutil.rmtree(self.folder)
+
+    def close(self) -> None:
+        """Close all files."""
+        for descriptor in set(self._descriptors.values()):
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def discard(self) -> None:
+        """Remove everything that was written."""
+        self.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    @property
+    def _tar(self) -> int:
+        return self._descriptor("")
+
+    def _descriptor(self, name: str) -> int:
+        key = "" if self.is_tar else name
+        if key not in self._descriptors:
+            path = self.content if self.is_tar else self.content / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptors[key] = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        return self._descriptors[key]
+
+    def _pwrite(self, name: str, data: bytes | memoryview, offset: int) -> None:
+        descriptor, offset = self._descriptor(name), offset + self._bases.get(name, 0)
+        view = memoryview(data)
+        while view:
+            written = os.pwrite(descriptor, view, offset)
+            view, offset = view[written:], offset + written
+
+
+def combine_parts(parts: list[Part]) -> dict[tuple[str, int], int]:
+    """(file, offset) -> CRC-32 of each whole record, from parts that cover it in any order."""
+    crcs: dict[tuple[str, int], int] = {}
+    for part in sorted(parts, key=lambda p: (p.file, p.offset, p.start)):
+        key = part.file, part.offset
+        crcs[key] = combine(crcs[key], part.crc32, part.size) if key in crcs else part.crc32
+    return crcs
+
+
+def _tar_header(name: str, size: int) -> bytes:
+    """A header that depends on nothing but name and size: no owner, no time."""
+    info = tarfile.TarInfo(f"./{name}")
+    info.size, info.mode, info.mtime = size, 0o644, 0
+    return info.tobuf(tarfile.PAX_FORMAT)

@@ -1,0 +1,194 @@
+"""Everything that is decided before the first byte is written: groups, checks, layouts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+
+from nemo_warp.checkpoints.checkpoint import Checkpoint
+from nemo_warp.checkpoints.errors import CheckpointError
+from nemo_warp.checkpoints.image import CheckpointImage
+from nemo_warp.checkpoints.logical import LogicalTensor
+from nemo_warp.checkpoints.names import group_of, group_order
+from nemo_warp.merge.options import MergeOptions
+from nemo_warp.records import canonical_json
+
+_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+"""Tensors with one row per token, padded to a multiple that depends on the writer's layout."""
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One logical tensor of a merge.
+
+    Attributes:
+        sources: the tensor in each input, in the order of `MergeOptions.inputs`.
+        target: the tensor in the outputs.
+        true_rows: rows that are merged and counted; rows after them are padding of the init.
+        unit: what it shares its angle with.
+    """
+
+    name: str
+    sources: tuple[LogicalTensor, ...]
+    target: LogicalTensor
+    true_rows: int
+    unit: str
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """A layer, or a group outside the layers: what is in memory at one time."""
+
+    name: str
+    tensors: tuple[TensorPlan, ...]
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of this group in all inputs."""
+        return sum(source.nbytes for tensor in self.tensors for source in tensor.sources)
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of this group in one output."""
+        return sum(tensor.target.nbytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A checked merge.
+
+    Attributes:
+        groups: in canonical order.
+        image: the layout of every output.
+        notes: what the user should know before and after.
+        identity: hash of everything that decides the outputs, input files' size and time included.
+    """
+
+    options: MergeOptions
+    inputs: tuple[Checkpoint, ...]
+    groups: tuple[GroupPlan, ...]
+    image: CheckpointImage
+    notes: tuple[str, ...]
+    identity: str
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes read from all inputs in one pass."""
+        return sum(group.input_bytes for group in self.groups)
+
+    @property
+    def output_bytes(self) -> int:
+        """Size of one output."""
+        return sum(file.size for file in self.image.files)
+
+
+def make_plan(
+    options: MergeOptions, inputs: tuple[Checkpoint, ...], vocab_size: int | None
+) -> MergePlan:
+    """Match the inputs tensor by tensor and lay out the outputs.
+
+    Args:
+        options: what is asked for.
+        inputs: opened `MergeOptions.inputs`.
+        vocab_size: true rows of the vocabulary tensors, None if unknown.
+
+    Raises:
+        CheckpointError: the inputs are not the same model.
+        ValueError: options that do not fit the inputs.
+    """
+    init = inputs[0]
+    for other in inputs[1:]:
+        _check_same_names(init, other)
+    image = init.image(dtype_rule(options))
+    notes: list[str] = []
+    tensors = [
+        _plan_tensor(name, inputs, image.tensors[name], options, vocab_size, notes)
+        for name in sorted(init.tensors)
+    ]
+    _check_rounding(options, tensors)
+    groups: dict[str, list[TensorPlan]] = defaultdict(list)
+    for tensor in tensors:
+        groups[group_of(tensor.name)].append(tensor)
+    ordered = tuple(
+        GroupPlan(name, tuple(groups[name])) for name in sorted(groups, key=group_order)
+    )
+    identity = _identity(options, inputs, tensors)
+    return MergePlan(options, inputs, ordered, image, tuple(dict.fromkeys(notes)), identity)
+
+
+def dtype_rule(options: MergeOptions):
+    """Output dtype as a function of the init's."""
+    if options.dtype == "same":
+        return lambda dtype: dtype
+    wanted = {"float32": torch.float32, "bfloat16": torch.bfloat16}[options.dtype]
+    return lambda dtype: wanted
+
+
+def _check_same_names(init: Checkpoint, other: Checkpoint) -> None:
+    missing = sorted(init.tensors.keys() - other.tensors.keys())
+    extra = sorted(other.tensors.keys() - init.tensors.keys())
+    if missing or extra:
+        which = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which the init lacks"
+        raise CheckpointError(
+            f"{other.path} {which} ({len(missing)} missing, {len(extra)} extra against "
+            f"{init.path}); the checkpoints are not the same model"
+        )
+
+
+def _plan_tensor(name, inputs, target, options, vocab_size, notes) -> TensorPlan:
+    sources = tuple(checkpoint.tensors[name] for checkpoint in inputs)
+    true_rows = sources[0].rows
+    if name in _VOCABULARY:
+        true_rows = _true_rows(name, sources, vocab_size, notes)
+    for source, checkpoint in zip(sources, inputs, strict=True):
+        same_rows = source.shape[1:] == sources[0].shape[1:] and source.rows >= true_rows
+        if not (source.shape == sources[0].shape or (name in _VOCABULARY and same_rows)):
+            raise CheckpointError(
+                f"{checkpoint.path}: {name} has shape {list(source.shape)}, the init "
+                f"{list(sources[0].shape)}; the checkpoints are not the same model"
+            )
+    unit = {"layer": group_of(name), "tensor": name, "model": "model"}[options.granularity]
+    return TensorPlan(name, sources, target, true_rows, unit)
+
+
+def _true_rows(name, sources, vocab_size, notes) -> int:
+    smallest = min(source.rows for source in sources)
+    if vocab_size is None:
+        notes.append(
+            "the true vocabulary size is unknown (no override_vocab_size and no tokenizer that "
+            f"could be counted): the {smallest} rows that all inputs store are merged, padding "
+            "included; pass --vocab-size to leave it out"
+        )
+        return smallest
+    if vocab_size > smallest:
+        raise ValueError(
+            f"the vocabulary has {vocab_size} tokens but {name} stores only {smallest} rows in one "
+            "of the inputs; check --vocab-size and that all inputs share a tokenizer"
+        )
+    return vocab_size
+
+
+def _check_rounding(options: MergeOptions, tensors: list[TensorPlan]) -> None:
+    if options.rounding == "nearest":
+        return
+    other = next((t for t in tensors if t.target.dtype != torch.bfloat16), None)
+    if other is not None:
+        raise ValueError(
+            f"--rounding stochastic is for bfloat16, but {other.name} is written as "
+            f"{other.target.dtype}; add --dtype bfloat16 or use nearest"
+        )
+
+
+def _identity(options: MergeOptions, inputs, tensors: list[TensorPlan]) -> str:
+    files: dict[str, list[int]] = {}
+    for checkpoint in inputs:
+        for record in checkpoint.archive.members.values():
+            stat = record.path.stat()
+            files[str(record.path.resolve())] = [stat.st_size, stat.st_mtime_ns]
+    names = [[t.name, t.true_rows, t.unit, str(t.target.dtype)] for t in tensors]
+    outputs = {repr(eta): str(path.resolve()) for eta, path in options.outputs.items()}
+    text = canonical_json([options.recorded(), files, names, outputs])
+    return hashlib.sha256(text.encode()).hexdigest()
