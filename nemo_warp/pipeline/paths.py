@@ -44,10 +44,9 @@ class RunPaths:
         """Output of the batch scripts (the stages' own logs are in their attempts)."""
         return self.root / "slurm"
 
-    @property
-    def report(self) -> Path:
-        """The picture and the table (nemo_warp.reporting)."""
-        return self.root / "front"
+    def task_log(self, name: str) -> Path:
+        """Output of the local tasks of a stage (the program's own is in its attempts)."""
+        return self.root / "local" / f"{name.replace('/', '.')}.txt"
 
     def stage(self, name: str) -> StagePaths:
         """The files of the stage ``name``, e.g. ``iteration_01/member_02``."""
@@ -105,6 +104,16 @@ class StagePaths:
     def next_init(self) -> Path:
         """A merge's output at the recipe's eta: where the next iteration starts."""
         return self.directory / "init.nemo"
+
+    @property
+    def building(self) -> Path:
+        """Where a merge writes before its outputs are renamed into place."""
+        return self.directory / "building"
+
+    @property
+    def report(self) -> Path:
+        """A merge's report."""
+        return self.directory / "report"
 
     @property
     def attempts(self) -> Path:

@@ -93,7 +93,25 @@ class Recipe:
         name = f"{self.name}-i{iteration:02d}-m{member:02d}"
         config["run"]["name"] = name
         config["run"]["seed"] = self.seed(iteration, member)
-        config["rewards"] = [
+        config["rewards"] = self.reward_entries(member)
+        return config
+
+    def evaluation_config(self) -> dict[str, Any]:
+        """conf/evaluation.yaml with the recipe's settings; sections a member has are the members'.
+
+        Places and checkpoints are still to be filled in.
+        """
+        known = to_plain(load_config(CONF_DIRECTORY / "evaluation.yaml"), resolve=False)
+        member = self._resolved_member(1, 1)
+        shared = {key: member[key] for key in known if key in member}
+        shared |= {"sft": self.values["sft"], "rewards": self.reward_entries()}
+        settings = Overrides(self.values["evaluation"]["settings"], "section evaluation.settings")
+        config = load_config(CONF_DIRECTORY / "evaluation.yaml", shared, settings)
+        return copy.deepcopy(to_plain(config))
+
+    def reward_entries(self, member: int = 0) -> list[dict[str, Any]]:
+        """`rewards` as the section ``rewards`` of a member or an evaluation."""
+        return [
             {
                 "name": name,
                 "weight": float(reward["weight"]),
@@ -102,7 +120,6 @@ class Recipe:
             }
             for name, reward in self.rewards(member).items()
         ]
-        return config
 
     def seed(self, iteration: int, member: int) -> int:
         """The member's seed, a function of the recipe's, below 2**31."""

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_warp.config import CONF_DIRECTORY, Overrides, identity_hash, load_config, to_plain
+from nemo_warp.config import identity_hash
 from nemo_warp.pipeline.paths import StagePaths
 from nemo_warp.pipeline.plan import (
     EVALUATION,
@@ -37,15 +38,19 @@ class Request:
     Attributes:
         config: its whole configuration, plain; written to ``config.yaml``.
         inputs: name -> hash of the contents of everything it reads.
-        arguments: words after the stage's program (empty for members and evaluations).
         outputs: files it has to leave behind.
+        commands: words after the interpreter, of programs to run one after the other (none for
+            members and evaluations, which are parallel jobs).
+        building: file -> its name once published, of programs that write elsewhere first.
+        rewards: rewards the stage needs, by name, in the order of its configuration.
     """
 
     kind: str
     config: dict[str, Any]
     inputs: dict[str, str]
-    arguments: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
+    commands: tuple[tuple[str, ...], ...] = ()
+    building: dict[str, str] = field(default_factory=dict)
     rewards: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @functools.cached_property
@@ -105,20 +110,36 @@ def _merge(recipe: Recipe, stage: Stage) -> Request:
     init, init_hash = init_of(recipe, stage.iteration)
     inputs = {n: _published(m, m.policy.name) for n, m in zip(names, members, strict=True)}
     config = {**values["merge"], "eta": recipe.eta(stage.iteration)}
-    # The init is written while its layers are in memory anyway: one pass gives both.
+    towards = Path(values["sft"]) if config["towards"] == "sft" else None
+    etas = {1.0: merge.slerp.name, config["eta"]: merge.next_init.name}
     return Request(
         MERGE,
         config,
         {"init": init_hash, "sft": recipe.pinned()["sft"], **inputs},
-        _merge_arguments(recipe, init, [m.policy for m in members], config["eta"], merge.directory),
-        (merge.slerp.name, merge.next_init.name),
+        outputs=(merge.slerp.name, merge.next_init.name),
+        commands=(_merge_words(merge, init, [m.policy for m in members], etas, config, towards),),
+        building=_building(etas),
     )
 
 
-def _merge_arguments(
-    recipe: Recipe, init: Path, policies: list[Path], eta: float, directory: Path
+def _merge_words(
+    paths: StagePaths,
+    init: Path,
+    policies: list[Path],
+    etas: Iterable[float],
+    config: dict[str, Any],
+    towards: Path | None,
 ) -> tuple[str, ...]:
-    raise NotImplementedError
+    """tools/merge_nemo.py: every eta in one pass over the data."""
+    words = ["tools/merge_nemo.py", "--init", str(init), "--policies", *map(str, policies)]
+    words += ["--eta", *(f"{eta:g}" for eta in etas)]
+    words += ["--output", str(paths.building / "{eta}.nemo"), "--report", str(paths.report)]
+    words += ["--liti-towards", str(towards)] if towards is not None else []
+    return (*words, *map(str, config.get("arguments", [])))
+
+
+def _building(etas: dict[float, str]) -> dict[str, str]:
+    return {f"{eta:g}.nemo": name for eta, name in etas.items()}
 
 
 def _evaluation(recipe: Recipe, stage: Stage) -> Request:
@@ -137,7 +158,7 @@ def _measure(
 ) -> Request:
     pins, merge = recipe.pinned(), recipe.paths.stage(merge_name(stage.iteration))
     rewards = recipe.rewards()
-    config = _evaluation_config(recipe)
+    config = recipe.evaluation_config()
     config |= {
         "directory": str(recipe.paths.stage(stage.name).directory),
         "base": str(base),
@@ -155,24 +176,23 @@ def _measure(
     return Request(stage.kind, config, inputs, outputs=("points.jsonl",), rewards=rewards)
 
 
-def _evaluation_config(recipe: Recipe) -> dict[str, Any]:
-    raise NotImplementedError
-
-
 def _final(recipe: Recipe, stage: Stage) -> Request:
     merge, final = recipe.paths.stage(merge_name(stage.iteration)), recipe.paths.stage(stage.name)
     sft, kappa = Path(recipe.values["sft"]), recipe.values["front"]["final_kappa"]
     inputs = {"sft": recipe.pinned()["sft"], "slerp": _published(merge, merge.slerp.name)}
-    arguments = _merge_arguments(recipe, sft, [merge.slerp], kappa, final.directory)
-    return Request(FINAL, {"kappa": kappa}, inputs, arguments, (final.policy.name,))
+    etas, config = {kappa: final.policy.name}, {"kappa": kappa}
+    words = _merge_words(final, sft, [merge.slerp], etas, config, None)
+    return Request(FINAL, config, inputs, (final.policy.name,), (words,), building=_building(etas))
 
 
 def _report(recipe: Recipe, stage: Stage) -> Request:
-    inputs = {
-        name: config_hash({k: v.sha256 for k, v in _completion(recipe.paths.stage(name)).files.items()})
-        for name in stage.needs
-    }
-    return Request(REPORT, {}, inputs, (str(recipe.paths.root),))
+    inputs = {}
+    for name in stage.needs:
+        files = _completion(recipe.paths.stage(name)).files
+        inputs[name] = config_hash({key: entry.sha256 for key, entry in files.items()})
+    words = ("-m", "nemo_warp.reporting.curves", str(recipe.paths.root))
+    words += ("--output", str(recipe.paths.stage(stage.name).directory))
+    return Request(REPORT, {}, inputs, ("curves.png", "table.md"), (words,))
 
 
 _BUILDERS = {
@@ -196,7 +216,9 @@ def _published(paths: StagePaths, name: str) -> str:
     """Hash of an artifact, from its stage's record; the artifact must still be there."""
     entry = _completion(paths).files.get(name)
     if entry is None:
-        raise RecordError(f"{paths.completion} does not mention {name}; remove the stage to redo it")
+        raise RecordError(
+            f"{paths.completion} does not mention {name}; remove the stage to redo it"
+        )
     if not (paths.directory / name).exists():
         raise RecordError(
             f"{paths.directory / name} is gone, but is needed again; remove {paths.directory} to "

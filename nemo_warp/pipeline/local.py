@@ -1,0 +1,125 @@
+"""The local launcher: stages as subprocesses of this machine, as many side by side as configured.
+
+The driver holds the driver lock while it lives. Everything it decides it reads from the disk, so
+it may be killed at any moment; stages it left running finish by themselves, and the next driver
+sees from their locks that they run.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import FrameType
+
+from nemo_warp import exit_codes
+from nemo_warp.pipeline import locks
+from nemo_warp.pipeline.recipe import Recipe
+from nemo_warp.pipeline.state import StageState, Status, exit_code, inspect
+from nemo_warp.pipeline.steps import checkout
+from nemo_warp.pipeline.view import Live
+
+_POLL_S = 0.1
+_LOOK_AGAIN_S = 2.0
+
+
+class LocalDriver:
+    """Runs a recipe to its end on this machine; the driver lock must be held."""
+
+    def __init__(self, recipe: Recipe, live: Live) -> None:
+        self._recipe, self._live = recipe, live
+        self._tasks: dict[str, subprocess.Popen] = {}
+        self._slots: dict[str, int] = {}
+        self._interrupted = False
+
+    def run(self) -> int:
+        """Start what is ready until everything is done or nothing can go on."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._interrupt)
+        while True:
+            states = inspect(self._recipe)
+            self._live.show(states)
+            stopping = self._interrupted or self._recipe.paths.stop.exists()
+            if not stopping:
+                self._launch(states)
+            running = [s for s in states.values() if s.status is Status.RUNNING]
+            if not self._tasks and not running:
+                if stopping:
+                    return exit_codes.STOPPED_RESUMABLE
+                if not any(s.status is Status.READY for s in states.values()):
+                    return exit_code(states)
+            self._wait(states)
+
+    def _interrupt(self, _number: int, _frame: FrameType | None) -> None:
+        self._interrupted = True
+        for task in self._tasks.values():
+            task.send_signal(signal.SIGTERM)
+
+    def _launch(self, states: dict[str, StageState]) -> None:
+        busy = {n for n, s in states.items() if s.status is Status.RUNNING} | set(self._tasks)
+        for name, state in states.items():
+            if len(busy) >= self._recipe.values["launcher"]["side_by_side"]:
+                return
+            if state.status is Status.READY and name not in busy:
+                self._start(name)
+                busy.add(name)
+
+    def _start(self, name: str) -> None:
+        """One task in a session of its own: Ctrl-C reaches this driver, which tells its tasks."""
+        words = [
+            sys.executable,
+            "-m",
+            "nemo_warp.pipeline.task",
+            str(self._recipe.paths.root),
+            name,
+        ]
+        logs = self._recipe.paths.task_log(name)
+        logs.parent.mkdir(exist_ok=True)
+        slots = set(range(self._recipe.values["launcher"]["side_by_side"]))
+        self._slots[name] = min(slots - set(self._slots.values()), default=0)
+        with logs.open("ab") as output:
+            self._tasks[name] = subprocess.Popen(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **self._devices(name)},
+                cwd=checkout(),
+                start_new_session=True,
+            )
+
+    def _devices(self, name: str) -> dict[str, str]:
+        """The GPUs of the task's slot."""
+        launcher = self._recipe.values["launcher"]
+        if not launcher["gpus"]:
+            return {}
+        share = max(1, len(launcher["gpus"]) // launcher["side_by_side"])
+        first = self._slots[name] * share
+        chosen = launcher["gpus"][first : first + share]
+        return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, chosen))}
+
+    def _wait(self, states: dict[str, StageState]) -> None:
+        """Until one of our tasks ends, or it is time to look at those of others."""
+        deadline = time.monotonic() + _LOOK_AGAIN_S
+        while time.monotonic() < deadline:
+            ended = [name for name, task in self._tasks.items() if task.poll() is not None]
+            for name in ended:
+                code = self._tasks.pop(name).returncode
+                del self._slots[name]
+                self._live.ended(name, code)
+            if ended:
+                return
+            self._live.tick(states)
+            time.sleep(_POLL_S)
+
+
+def run_locally(recipe: Recipe, live: Live) -> int:
+    """Drive ``recipe`` to its end; one driver at a time.
+
+    Raises:
+        LockHeldError: another driver is at it.
+    """
+    with locks.hold(recipe.paths.driver_lock):
+        return LocalDriver(recipe, live).run()

@@ -1,0 +1,191 @@
+"""One stage, supervised: ``python -m nemo_warp.pipeline.task RUN STAGE``.
+
+Both launchers start this, the local one as a subprocess, Slurm as the batch script of a job. It
+takes the stage's lock, sets the stage up, starts reward servers and the stage's program, watches
+all of them, and ends with the true exit code of the first that ended. Under Slurm it requeues
+itself, and only itself, before the job reaches a terminal state.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nemo_warp import exit_codes
+from nemo_warp.pipeline import attempts, locks, slurm
+from nemo_warp.pipeline.paths import StagePaths
+from nemo_warp.pipeline.plan import Stage
+from nemo_warp.pipeline.recipe import Recipe, load_recipe
+from nemo_warp.pipeline.request import Request, build_request
+from nemo_warp.pipeline.state import Status, inspect, is_done
+from nemo_warp.pipeline.steps import Allocation, slurm_allocation
+from nemo_warp.pipeline.supervise import Outcome, Supervisor
+from nemo_warp.records import (
+    RecordError,
+    code_version,
+    write_json_atomically,
+    write_text_atomically,
+)
+
+_LOCK_WAIT_S = 30.0
+_VISIBILITY_WAIT_S = 60.0
+"""How long a shared file system may take to show another node's completion record."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the stage; returns one of `nemo_warp.exit_codes` or the program's own exit code."""
+    parser = argparse.ArgumentParser(prog="python -m nemo_warp.pipeline.task", description=__doc__)
+    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("stage", help="e.g. iteration_01/merge; {:02d} is the array index")
+    options = parser.parse_args(argv)
+    index = int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))
+    try:
+        recipe = load_recipe(options.run)
+        stage = _find(recipe, options.stage.replace("{:02d}", f"{index:02d}"))
+        with locks.hold(recipe.paths.stage(stage.name).lock, _LOCK_WAIT_S) as lock:
+            return run_stage(recipe, stage, lock)
+    except locks.LockHeldError as error:
+        print(f"somebody else is at it: {error} is held", flush=True)
+        return exit_codes.IN_PROGRESS
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return exit_codes.MISCONFIGURED
+    except RecordError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return exit_codes.FAILED
+
+
+def _find(recipe: Recipe, name: str) -> Stage:
+    for stage in recipe.stages:
+        if stage.name == name:
+            return stage
+    raise ValueError(f"{name} is not a stage of {recipe.name}")
+
+
+def run_stage(recipe: Recipe, stage: Stage, lock: int) -> int:
+    """Make one attempt at ``stage``, unless it is done or has failed. The lock is held."""
+    paths = recipe.paths.stage(stage.name)
+    _await_needs(recipe, stage)
+    request = build_request(recipe, stage)
+    if is_done(recipe, stage, request):
+        print(f"{stage.name} is done already", flush=True)
+        return exit_codes.DONE
+    _set_up(recipe, stage, request)
+    cap = recipe.values["retries"]["without_progress"]
+    stuck = attempts.failure(paths, cap)
+    if stuck is not None:
+        print(f"error: {stage.name}: {stuck}", file=sys.stderr, flush=True)
+        return exit_codes.FAILED
+    allocation = _allocation(recipe, stage)
+    attempt = attempts.begin(paths, _record(request, allocation))
+    outcome = Supervisor(recipe, stage, request, allocation, attempt.directory, lock).run()
+    outcome = _judge(recipe, stage, request, outcome)
+    attempts.end(attempt, outcome.exit_code, outcome.reason, outcome.asked)
+    print(f"{stage.name} attempt {attempt.number}: {outcome.reason}", flush=True)
+    _requeue_if_worthwhile(paths, outcome, cap)
+    return outcome.exit_code
+
+
+def _await_needs(recipe: Recipe, stage: Stage) -> None:
+    """Raise RecordError unless all the stages before are done (records may take time to show)."""
+    deadline = time.monotonic() + (_VISIBILITY_WAIT_S if slurm.in_job() else 0.0)
+    while True:
+        states = inspect(recipe)
+        missing = [n for n in stage.needs if states[n].status is not Status.DONE]
+        if not missing:
+            return
+        if time.monotonic() >= deadline:
+            state = states[missing[0]]
+            raise RecordError(
+                f"{stage.name} needs {missing[0]}, which is {state.status.value}"
+                f"{': ' + state.reason if state.reason else ''}"
+            )
+        time.sleep(1.0)
+
+
+def _set_up(recipe: Recipe, stage: Stage, request: Request) -> None:
+    """Make the stage's directory; move one that was made for other inputs out of the way."""
+    paths = recipe.paths.stage(stage.name)
+    _supersede(recipe, stage, request)
+    paths.directory.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(paths.config, yaml.safe_dump(request.config, sort_keys=False))
+    write_json_atomically(paths.request, request.record())
+
+
+def _supersede(recipe: Recipe, stage: Stage, request: Request) -> None:
+    """Rename a directory whose inputs are not the wanted ones to ``superseded/...``."""
+    from nemo_warp.pipeline.request import read_request
+
+    paths = recipe.paths.stage(stage.name)
+    recorded = read_request(paths)
+    if recorded is None or recorded == request.record():
+        return
+    recipe.paths.superseded.mkdir(exist_ok=True)
+    number = sum(1 for _ in recipe.paths.superseded.iterdir()) + 1
+    target = recipe.paths.superseded / f"{number:03d}.{stage.name.replace('/', '.')}"
+    paths.directory.rename(target)
+    print(f"{stage.name}: its inputs have changed; the old one is in {target}", flush=True)
+
+
+def _allocation(recipe: Recipe, stage: Stage) -> Allocation:
+    if recipe.values["launcher"]["kind"] == "slurm" and slurm.in_job():
+        job = slurm.job_shape(recipe, stage.kind)
+        return slurm_allocation(recipe.cluster, job.gpus_per_node)
+    return Allocation()
+
+
+def _record(request: Request, allocation: Allocation) -> dict[str, Any]:
+    """What runs: kept with the attempt."""
+    kept = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT")
+    image = allocation.cluster.get("container", {}).get("image")
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "hosts": allocation.hosts,
+        "slurm": {key: os.environ[key] for key in kept if key in os.environ},
+        "config_hash": request.config_hash,
+        "code_version": code_version(),
+        "container_image": image,
+        "python": platform.python_version(),
+    }
+
+
+def _judge(recipe: Recipe, stage: Stage, request: Request, outcome: Outcome) -> Outcome:
+    """An exit code proves nothing: only the completion record makes a stage done."""
+    try:
+        done = is_done(recipe, stage, request)
+    except RecordError as error:
+        return Outcome(exit_codes.FAILED, str(error), outcome.asked)
+    if done:
+        return Outcome(exit_codes.DONE, "done", outcome.asked)
+    if outcome.exit_code == exit_codes.DONE:
+        reason = "the program ended with exit code 0, but wrote no completion record"
+        return Outcome(exit_codes.FAILED, reason, outcome.asked)
+    return outcome
+
+
+def _requeue_if_worthwhile(paths: StagePaths, outcome: Outcome, cap: int) -> None:
+    """Under Slurm: requeue this job or array task (and no other), then wait to be ended."""
+    if outcome.exit_code == exit_codes.DONE or outcome.asked or not slurm.in_job():
+        return
+    stuck = attempts.failure(paths, cap)
+    if stuck is not None:
+        print(f"not requeued: {stuck}", flush=True)
+        return
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    print(f"requeueing {slurm.own_job_id()}", flush=True)
+    slurm.requeue_this_job()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
