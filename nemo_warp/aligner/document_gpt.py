@@ -82,9 +82,11 @@ class DocumentGPTModel(MegatronGPTModel):
 
     def build_train_valid_test_datasets(self) -> tuple:
         """NeMo's hook, called by `setup` on every rank."""
-        num_samples = self.trainer.max_steps * self.cfg.global_batch_size
-        self._train_ds = self._dataset("train", num_samples, self.cfg.seed)
-        self._validation_ds = self._dataset("validation", len(self._documents["validation"]), None)
+        batch = self.cfg.global_batch_size
+        self._train_ds = self._dataset("train", self.trainer.max_steps * batch, self.cfg.seed)
+        # Whole batches, or the last one would leave some data-parallel ranks without samples.
+        whole = max(len(self._documents["validation"]) // batch, 1) * batch
+        self._validation_ds = self._dataset("validation", whole, None)
         self._test_ds = None
         return self._train_ds, self._validation_ds, self._test_ds
 

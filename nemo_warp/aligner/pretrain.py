@@ -5,7 +5,7 @@ and checkpoint are NeMo's (`MegatronGPTModel` under its Lightning trainer); only
 ours: each document (one line of text) is a sequence that starts at position 0 and ends with EOS, so
 the model meets documents the way it will meet prompts in reinforcement learning.
 
-Run as ``python -m nemo_warp.aligner.pretrain --config FILE [key=value ...]``.
+Run as ``python -m nemo_warp.aligner.pretrain --config FILE [key=value ...]``, once per rank.
 """
 
 from __future__ import annotations
@@ -48,8 +48,13 @@ def pretrain(config: DictConfig, documents: dict[str, list[str]]) -> dict[str, o
     trainer.fit(model)
     seconds = time.perf_counter() - start
     model.save_to(str(config.output))
-    metrics = _metrics(config, trainer, model, seconds)
-    write_json_atomically(Path(config.metrics), metrics)
+    metrics = _metrics(config, trainer, model)
+    if trainer.is_global_zero:
+        write_json_atomically(Path(config.metrics), metrics)
+        print(
+            f"trained {metrics['parameters']} parameters for {metrics['steps']} steps in "
+            f"{seconds:.0f} s: validation loss {metrics['validation_loss']:.3f} nats per token"
+        )
     return metrics
 
 
@@ -63,7 +68,7 @@ def read_documents(path: Path) -> list[str]:
     return documents
 
 
-def _metrics(config: DictConfig, trainer, model, seconds: float) -> dict[str, object]:
+def _metrics(config: DictConfig, trainer, model) -> dict[str, object]:
     from importlib.metadata import version
 
     logged = trainer.callback_metrics
@@ -72,7 +77,6 @@ def _metrics(config: DictConfig, trainer, model, seconds: float) -> dict[str, ob
         "validation_loss": round(float(logged["val_loss"]), 6),
         "train_loss": round(float(logged["reduced_train_loss"]), 6),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "seconds_per_step": round(seconds / trainer.global_step, 4),
         "config_hash": config_hash(to_plain(config)),
         "versions": {name: version(name) for name in ("torch", "nemo-toolkit", "megatron-core")},
     }
@@ -98,11 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return exit_codes.MISCONFIGURED
-    metrics = pretrain(config, documents)
-    print(
-        f"trained {metrics['parameters']} parameters for {metrics['steps']} steps: validation loss "
-        f"{metrics['validation_loss']:.3f} nats/token, {metrics['seconds_per_step']:.3f} s/step"
-    )
+    pretrain(config, documents)
     return exit_codes.DONE
 
 

@@ -3,6 +3,10 @@
 Both are appended one JSON object per line by processes that may be killed at any moment, so a last
 line without its newline is a part of a record and is left out. Anything else that is not a record
 is an error that names the line.
+
+A KL may have been estimated twice on the same samples: from the sampled tokens, and exactly over
+the vocabulary at each of them (``..._exact``). Both estimate the same number, the second with a far
+smaller error, so where it is present it is the one that is read.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ REQUIRED = {
     "eval": ("step", "reward", "kl_to_sft"),
     "point": ("eta", "reward", "kl_to_sft"),
 }
+DIVERGENCES = ("kl_to_sft", "kl_to_anchor")
 OPTIONAL = (
     "reward_stderr",
     "kl_to_sft_stderr",
@@ -77,7 +82,16 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             raise RecordError(f"{where} is not JSON ({error}); remove the line") from error
         if not isinstance(record, dict):
             raise RecordError(f"{where} holds {type(record).__name__}, expected an object")
-        yield where, record
+        yield where, _with_best_divergences(record)
+
+
+def _with_best_divergences(record: dict[str, Any]) -> dict[str, Any]:
+    best = dict(record)
+    for name in DIVERGENCES:
+        if record.get(f"{name}_exact") is not None:
+            best[name] = record[f"{name}_exact"]
+            best[f"{name}_stderr"] = record.get(f"{name}_exact_stderr")
+    return best
 
 
 def _check_numbers(record: dict[str, Any], required: tuple[str, ...], where: str) -> None:

@@ -18,16 +18,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import sentencepiece
 from kjv import verses
 
 from nemo_warp import exit_codes
+from nemo_warp.pipeline.ranks import die_with_parent
 from nemo_warp.records import (
     Completion,
     RecordError,
@@ -160,11 +164,12 @@ def prompts_of(
 
 
 def _pretrain(output: Path) -> int:
-    """Train the GPT in a process of its own: NeMo initialises torch.distributed for good."""
+    """Train the GPT in two processes of its own, one a core."""
     work = output / "sft.partial"
     shutil.rmtree(work, ignore_errors=True)  # an interrupted training starts again
     work.mkdir()
     command = [
+        *(sys.executable, "-m", "nemo_warp.pipeline.ranks", "--nproc-per-node", "2", "--"),
         *(sys.executable, "-m", "nemo_warp.aligner.pretrain"),
         *("--config", str(HERE / "pretrain.yaml")),
         f"data.train={output / 'pretrain.txt'}",
@@ -173,7 +178,13 @@ def _pretrain(output: Path) -> int:
         f"output={work / 'sft.nemo'}",
         f"metrics={work / 'sft_metrics.json'}",
     ]
-    code = subprocess.run(command, check=False).returncode
+    print("training the GPT through NeMo; loading it takes some seconds", flush=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # Killed with us, or it would go on writing what the next preparation writes.
+    orphan_nothing = partial(die_with_parent, signal.SIGTERM)
+    code = subprocess.run(
+        command, check=False, env=environment, preexec_fn=orphan_nothing
+    ).returncode
     if code == exit_codes.DONE:
         for name in ("sft.nemo", "sft_metrics.json"):
             (work / name).replace(output / name)

@@ -31,6 +31,16 @@ def test_kinds_are_kept_apart(tmp_path):
     assert [record["step"] for record in read_metrics(path, "eval")] == [0]
 
 
+def test_the_better_estimate_of_a_divergence_is_read(tmp_path):
+    path = tmp_path / "points.jsonl"
+    both = '"kl_to_sft": 2.5, "kl_to_sft_stderr": 0.3, "kl_to_sft_exact": 2.25, '
+    line = '{"eta": 1, "reward": 0, %s "kl_to_sft_exact_stderr": 0.125, "kl_to_anchor": 1.5}\n'
+    path.write_text(line % both)
+    (point,) = read_points(path)
+    assert (point["kl_to_sft"], point["kl_to_sft_stderr"]) == (2.25, 0.125)
+    assert point["kl_to_anchor"] == 1.5
+
+
 def test_points_are_ordered_and_the_last_of_a_repeated_point_counts(tmp_path):
     path = tmp_path / "points.jsonl"
     line = '{"base": "%s", "eta": %s, "reward": %s, "kl_to_sft": 2}\n'
