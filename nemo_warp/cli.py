@@ -20,6 +20,11 @@ import nemo_warp
 from nemo_warp import exit_codes
 
 COMMANDS = {
+    "run": ("nemo_warp.pipeline.commands.run", "start a recipe, or go on with it"),
+    "plan": ("nemo_warp.pipeline.commands.plan", "what would run, where, and what it costs"),
+    "status": ("nemo_warp.pipeline.commands.status", "what is done, running, failed, and next"),
+    "resume": ("nemo_warp.pipeline.commands.resume", "go on after a stop or a failure"),
+    "stop": ("nemo_warp.pipeline.commands.stop", "let members save, start nothing more"),
     "doctor": ("nemo_warp.doctor", "what is installed, what is missing and how to get it"),
 }
 """Subcommand -> the module that implements it and its line in ``nemo-warp --help``."""

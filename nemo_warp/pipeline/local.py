@@ -15,7 +15,6 @@ import time
 from types import FrameType
 
 from nemo_warp import exit_codes
-from nemo_warp.pipeline import locks
 from nemo_warp.pipeline.recipe import Recipe
 from nemo_warp.pipeline.state import StageState, Status, exit_code, inspect
 from nemo_warp.pipeline.steps import checkout
@@ -113,13 +112,3 @@ class LocalDriver:
                 return
             self._live.tick(states)
             time.sleep(_POLL_S)
-
-
-def run_locally(recipe: Recipe, live: Live) -> int:
-    """Drive ``recipe`` to its end; one driver at a time.
-
-    Raises:
-        LockHeldError: another driver is at it.
-    """
-    with locks.hold(recipe.paths.driver_lock):
-        return LocalDriver(recipe, live).run()

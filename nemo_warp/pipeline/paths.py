@@ -30,9 +30,9 @@ class RunPaths:
         return self.root / "STOP"
 
     @property
-    def fingerprints(self) -> Path:
-        """Cache of input fingerprints; may be deleted at any time."""
-        return self.root / "locks" / "fingerprints.json"
+    def inputs(self) -> Path:
+        """Fingerprints of the inputs the run was started with."""
+        return self.root / "inputs.json"
 
     @property
     def superseded(self) -> Path:

@@ -126,9 +126,12 @@ def publish(recipe: Recipe, stage: Stage, request: Request) -> None:
     paths = recipe.paths.stage(stage.name)
     if paths.completion.exists() or not (request.commands or request.building):
         return
-    for built, name in request.building.items():
+    for built, (name, *others) in request.building.items():
         if (paths.building / built).exists():
             (paths.building / built).rename(paths.directory / name)
+        for other in others:
+            (paths.directory / other).unlink(missing_ok=True)
+            (paths.directory / other).hardlink_to(paths.directory / name)
     missing = [name for name in request.outputs if not (paths.directory / name).exists()]
     if missing:
         return

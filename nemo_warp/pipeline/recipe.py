@@ -11,6 +11,7 @@ import copy
 import functools
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,17 +98,19 @@ class Recipe:
         return config
 
     def evaluation_config(self) -> dict[str, Any]:
-        """conf/evaluation.yaml with the recipe's settings; sections a member has are the members'.
+        """A copy of the evaluations' configuration; places and checkpoints are still missing."""
+        return copy.deepcopy(self._evaluation_config)
 
-        Places and checkpoints are still to be filled in.
-        """
+    @functools.cached_property
+    def _evaluation_config(self) -> dict[str, Any]:
+        """conf/evaluation.yaml with the recipe's settings; sections a member has are its."""
         known = to_plain(load_config(CONF_DIRECTORY / "evaluation.yaml"), resolve=False)
         member = self._resolved_member(1, 1)
         shared = {key: member[key] for key in known if key in member}
         shared |= {"sft": self.values["sft"], "rewards": self.reward_entries()}
         settings = Overrides(self.values["evaluation"]["settings"], "section evaluation.settings")
         config = load_config(CONF_DIRECTORY / "evaluation.yaml", shared, settings)
-        return copy.deepcopy(to_plain(config))
+        return to_plain(config, resolve=False)
 
     def reward_entries(self, member: int = 0) -> list[dict[str, Any]]:
         """`rewards` as the section ``rewards`` of a member or an evaluation."""
@@ -141,13 +144,19 @@ class Recipe:
             json.dumps(self.values["prompts"]),
         )
 
+    @functools.cached_property
     def pinned(self) -> dict[str, str]:
         """Fingerprints of the inputs as they were when the run directory was made."""
-        return json.loads((self.paths.root / "inputs.json").read_text())
+        return json.loads(self.paths.inputs.read_text())
 
 
-def load_recipe(source: Path, overrides: list[str] | None = None) -> Recipe:
+def load_recipe(source: Path, overrides: Sequence[str] = (), files_here: bool = True) -> Recipe:
     """Load and check a recipe file, a directory with a ``recipe.yaml``, or a run directory.
+
+    Args:
+        source: the file or directory.
+        overrides: ``a.b=c`` arguments.
+        files_here: whether the inputs must exist on this machine.
 
     Raises:
         ValueError: anything about it is wrong; nothing was written.
@@ -155,17 +164,15 @@ def load_recipe(source: Path, overrides: list[str] | None = None) -> Recipe:
     file = source / "recipe.yaml" if source.is_dir() else source
     if not file.exists():
         raise ValueError(f"no recipe {file}; give a recipe file or a directory with a recipe.yaml")
-    config = load_config(CONF_DIRECTORY / "recipe.yaml", file, list(overrides or []))
+    config = load_config(CONF_DIRECTORY / "recipe.yaml", file, list(overrides))
     require_complete(config)
     values = to_plain(config)
     values["member"] = _member_section(values["member"], f"section member of {file}")
     _make_absolute(values)
     if values["run_directory"] is None:  # a run directory's own recipe: it may have been moved
         values["run_directory"] = str(file.parent.resolve())
-    check_recipe(values, str(file))
-    recipe = Recipe(
-        values, RunPaths(Path(values["run_directory"])), (str(source), *(overrides or []))
-    )
+    check_recipe(values, str(file), files_here)
+    recipe = Recipe(values, RunPaths(Path(values["run_directory"])), (str(source), *overrides))
     for iteration in range(1, values["iterations"] + 1):
         for member in range(1, values["members"] + 1):
             recipe._resolved_member(iteration, member)  # names unknown keys of the overrides
@@ -188,7 +195,7 @@ def open_run(recipe: Recipe) -> None:
         _refuse_changed_inputs(recipe)
     else:
         pins = {name: inputs.fingerprint(path) for name, path in _inputs(recipe).items()}
-        write_json_atomically(paths.root / "inputs.json", pins)
+        write_json_atomically(paths.inputs, pins)
     text = yaml.safe_dump({**recipe.values, "run_directory": None}, sort_keys=False)
     if not stored.exists() or stored.read_text() != text:
         write_text_atomically(stored, text)
@@ -235,7 +242,7 @@ def _differences(ours: Any, theirs: Any, path: str = "") -> list[str]:
 
 
 def _refuse_changed_inputs(recipe: Recipe) -> None:
-    pins = recipe.pinned()
+    pins = recipe.pinned
     for name, path in _inputs(recipe).items():
         if inputs.fingerprint(path) != pins.get(name):
             raise ValueError(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_warp.config import identity_hash
+from nemo_warp.pipeline.contents import Contents, OnDisk, Unknown, refuse_twins
 from nemo_warp.pipeline.paths import StagePaths
 from nemo_warp.pipeline.plan import (
     EVALUATION,
@@ -28,7 +29,7 @@ from nemo_warp.pipeline.plan import (
     merge_name,
 )
 from nemo_warp.pipeline.recipe import Recipe
-from nemo_warp.records import Completion, RecordError, config_hash, read_completion
+from nemo_warp.records import RecordError, config_hash
 
 
 @dataclass(frozen=True)
@@ -36,21 +37,24 @@ class Request:
     """What one stage is asked to do.
 
     Attributes:
+        kind: as in `nemo_warp.pipeline.plan`.
         config: its whole configuration, plain; written to ``config.yaml``.
         inputs: name -> hash of the contents of everything it reads.
+        reads: the files among them.
         outputs: files it has to leave behind.
         commands: words after the interpreter, of programs to run one after the other (none for
             members and evaluations, which are parallel jobs).
-        building: file -> its name once published, of programs that write elsewhere first.
+        building: file written below ``building/`` -> its names once published.
         rewards: rewards the stage needs, by name, in the order of its configuration.
     """
 
     kind: str
     config: dict[str, Any]
     inputs: dict[str, str]
-    outputs: tuple[str, ...] = ()
+    reads: tuple[Path, ...]
+    outputs: tuple[str, ...]
     commands: tuple[tuple[str, ...], ...] = ()
-    building: dict[str, str] = field(default_factory=dict)
+    building: dict[str, tuple[str, ...]] = field(default_factory=dict)
     rewards: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @functools.cached_property
@@ -69,7 +73,16 @@ def build_request(recipe: Recipe, stage: Stage) -> Request:
     Raises:
         RecordError: a record before it is missing or contradicts the recipe.
     """
-    return _BUILDERS[stage.kind](recipe, stage)
+    contents = OnDisk(recipe)
+    if stage.kind == MERGE:
+        members = [name for name in stage.needs if name != merge_name(stage.iteration - 1)]
+        refuse_twins({name: contents.completion(name) for name in members})
+    return _BUILDERS[stage.kind](recipe, stage, contents)
+
+
+def planned_request(recipe: Recipe, stage: Stage) -> Request:
+    """`build_request` before anything has run: inputs have no hashes yet."""
+    return _BUILDERS[stage.kind](recipe, stage, Unknown())
 
 
 def read_request(paths: StagePaths) -> dict[str, Any] | None:
@@ -82,44 +95,45 @@ def read_request(paths: StagePaths) -> dict[str, Any] | None:
         raise RecordError(f"{paths.request} cannot be read ({error}); remove the stage") from error
 
 
-def init_of(recipe: Recipe, iteration: int) -> tuple[Path, str]:
+def _init_of(recipe: Recipe, iteration: int, contents: Contents) -> tuple[Path, str]:
     """theta_init of ``iteration`` and the hash of its contents."""
     if iteration == 1:
-        return Path(recipe.values["init"]), recipe.pinned()["init"]
-    merge = recipe.paths.stage(merge_name(iteration - 1))
-    return merge.next_init, _published(merge, merge.next_init.name)
+        return Path(recipe.values["init"]), contents.pinned("init")
+    name = merge_name(iteration - 1)
+    path = recipe.paths.stage(name).next_init
+    return path, contents.published(name, path.name)
 
 
-def _member(recipe: Recipe, stage: Stage) -> Request:
-    paths, pins = recipe.paths.stage(stage.name), recipe.pinned()
-    init, init_hash = init_of(recipe, stage.iteration)
+def _member(recipe: Recipe, stage: Stage, contents: Contents) -> Request:
+    init, init_hash = _init_of(recipe, stage.iteration, contents)
     config = recipe.member_config(stage.iteration, stage.member)
-    config["run"]["directory"] = str(paths.directory)
+    config["run"]["directory"] = str(recipe.paths.stage(stage.name).directory)
     config["init"] = str(init)
     rewards = recipe.rewards(stage.member)
-    inputs = {"init": init_hash, "sft": pins["sft"], **_reward_inputs(rewards, pins)}
-    inputs |= {key: pins[key] for key in ("prompts.train", "prompts.heldout")}
-    return Request(MEMBER, config, inputs, outputs=("policy.nemo",), rewards=rewards)
+    inputs = {"init": init_hash, "sft": contents.pinned("sft"), **_hashes(rewards, contents)}
+    inputs |= {key: contents.pinned(key) for key in ("prompts.train", "prompts.heldout")}
+    reads = (init, Path(recipe.values["sft"]), *map(Path, recipe.values["prompts"].values()))
+    return Request(MEMBER, config, inputs, reads, ("policy.nemo",), rewards=rewards)
 
 
-def _merge(recipe: Recipe, stage: Stage) -> Request:
+def _merge(recipe: Recipe, stage: Stage, contents: Contents) -> Request:
     values, merge = recipe.values, recipe.paths.stage(stage.name)
     names = [member_name(stage.iteration, m) for m in range(1, values["members"] + 1)]
-    members = [recipe.paths.stage(name) for name in names]
-    _refuse_twins({name: _completion(m) for name, m in zip(names, members, strict=True)})
-    init, init_hash = init_of(recipe, stage.iteration)
-    inputs = {n: _published(m, m.policy.name) for n, m in zip(names, members, strict=True)}
+    policies = {name: recipe.paths.stage(name).policy for name in names}
+    init, init_hash = _init_of(recipe, stage.iteration, contents)
+    inputs = {name: contents.published(name, path.name) for name, path in policies.items()}
+    inputs |= {"init": init_hash, "sft": contents.pinned("sft")}
     config = {**values["merge"], "eta": recipe.eta(stage.iteration)}
     towards = Path(values["sft"]) if config["towards"] == "sft" else None
-    etas = {1.0: merge.slerp.name, config["eta"]: merge.next_init.name}
-    return Request(
-        MERGE,
-        config,
-        {"init": init_hash, "sft": recipe.pinned()["sft"], **inputs},
-        outputs=(merge.slerp.name, merge.next_init.name),
-        commands=(_merge_words(merge, init, [m.policy for m in members], etas, config, towards),),
-        building=_building(etas),
-    )
+    # The next init is written while the layers are in memory anyway: one pass gives both.
+    names_by_eta = {1.0: (merge.slerp.name,), config["eta"]: (merge.next_init.name,)}
+    if config["eta"] == 1.0:
+        names_by_eta = {1.0: (merge.slerp.name, merge.next_init.name)}
+    policy_paths = list(policies.values())
+    words = _merge_words(merge, init, policy_paths, names_by_eta, config["arguments"], towards)
+    outputs = (merge.slerp.name, merge.next_init.name)
+    reads = (init, *policy_paths)
+    return Request(MERGE, config, inputs, reads, outputs, (words,), _building(names_by_eta))
 
 
 def _merge_words(
@@ -127,7 +141,7 @@ def _merge_words(
     init: Path,
     policies: list[Path],
     etas: Iterable[float],
-    config: dict[str, Any],
+    arguments: Iterable[Any],
     towards: Path | None,
 ) -> tuple[str, ...]:
     """tools/merge_nemo.py: every eta in one pass over the data."""
@@ -135,64 +149,63 @@ def _merge_words(
     words += ["--eta", *(f"{eta:g}" for eta in etas)]
     words += ["--output", str(paths.building / "{eta}.nemo"), "--report", str(paths.report)]
     words += ["--liti-towards", str(towards)] if towards is not None else []
-    return (*words, *map(str, config.get("arguments", [])))
+    return (*words, *map(str, arguments))
 
 
-def _building(etas: dict[float, str]) -> dict[str, str]:
-    return {f"{eta:g}.nemo": name for eta, name in etas.items()}
+def _building(names_by_eta: dict[float, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    return {f"{eta:g}.nemo": names for eta, names in names_by_eta.items()}
 
 
-def _evaluation(recipe: Recipe, stage: Stage) -> Request:
-    init, init_hash = init_of(recipe, stage.iteration)
+def _evaluation(recipe: Recipe, stage: Stage, contents: Contents) -> Request:
+    init, init_hash = _init_of(recipe, stage.iteration, contents)
     etas = recipe.values["evaluation"]["etas"]
-    return _measure(recipe, stage, init, init_hash, etas)
+    return _measure(recipe, stage, contents, init, init_hash, etas)
 
 
-def _front(recipe: Recipe, stage: Stage) -> Request:
-    sft, pin = Path(recipe.values["sft"]), recipe.pinned()["sft"]
-    return _measure(recipe, stage, sft, pin, recipe.values["front"]["kappas"])
+def _front(recipe: Recipe, stage: Stage, contents: Contents) -> Request:
+    sft, kappas = Path(recipe.values["sft"]), recipe.values["front"]["kappas"]
+    return _measure(recipe, stage, contents, sft, contents.pinned("sft"), kappas)
 
 
 def _measure(
-    recipe: Recipe, stage: Stage, base: Path, base_hash: str, etas: list[float]
+    recipe: Recipe, stage: Stage, contents: Contents, base: Path, base_hash: str, etas: list[float]
 ) -> Request:
-    pins, merge = recipe.pinned(), recipe.paths.stage(merge_name(stage.iteration))
-    rewards = recipe.rewards()
-    config = recipe.evaluation_config()
-    config |= {
+    merge = merge_name(stage.iteration)
+    slerp, rewards = recipe.paths.stage(merge).slerp, recipe.rewards()
+    config = recipe.evaluation_config() | {
         "directory": str(recipe.paths.stage(stage.name).directory),
         "base": str(base),
-        "slerp": str(merge.slerp),
+        "slerp": str(slerp),
         "sft": recipe.values["sft"],
         "etas": [float(eta) for eta in etas],
     }
     inputs = {
         "base": base_hash,
-        "slerp": _published(merge, merge.slerp.name),
-        "sft": pins["sft"],
-        "prompts.heldout": pins["prompts.heldout"],
-        **_reward_inputs(rewards, pins),
+        "slerp": contents.published(merge, slerp.name),
+        "sft": contents.pinned("sft"),
+        "prompts.heldout": contents.pinned("prompts.heldout"),
+        **_hashes(rewards, contents),
     }
-    return Request(stage.kind, config, inputs, outputs=("points.jsonl",), rewards=rewards)
+    reads = (base, slerp, Path(recipe.values["sft"]))
+    return Request(stage.kind, config, inputs, reads, ("points.jsonl",), rewards=rewards)
 
 
-def _final(recipe: Recipe, stage: Stage) -> Request:
-    merge, final = recipe.paths.stage(merge_name(stage.iteration)), recipe.paths.stage(stage.name)
-    sft, kappa = Path(recipe.values["sft"]), recipe.values["front"]["final_kappa"]
-    inputs = {"sft": recipe.pinned()["sft"], "slerp": _published(merge, merge.slerp.name)}
-    etas, config = {kappa: final.policy.name}, {"kappa": kappa}
-    words = _merge_words(final, sft, [merge.slerp], etas, config, None)
-    return Request(FINAL, config, inputs, (final.policy.name,), (words,), building=_building(etas))
+def _final(recipe: Recipe, stage: Stage, contents: Contents) -> Request:
+    merge, final = merge_name(stage.iteration), recipe.paths.stage(stage.name)
+    slerp, sft = recipe.paths.stage(merge).slerp, Path(recipe.values["sft"])
+    kappa = recipe.values["front"]["final_kappa"]
+    inputs = {"sft": contents.pinned("sft"), "slerp": contents.published(merge, slerp.name)}
+    names_by_eta = {kappa: (final.policy.name,)}
+    words = _merge_words(final, sft, [slerp], names_by_eta, (), None)
+    config, outputs = {"kappa": kappa}, (final.policy.name,)
+    return Request(FINAL, config, inputs, (sft, slerp), outputs, (words,), _building(names_by_eta))
 
 
-def _report(recipe: Recipe, stage: Stage) -> Request:
-    inputs = {}
-    for name in stage.needs:
-        files = _completion(recipe.paths.stage(name)).files
-        inputs[name] = config_hash({key: entry.sha256 for key, entry in files.items()})
+def _report(recipe: Recipe, stage: Stage, contents: Contents) -> Request:
+    inputs = {name: contents.all_published(name) for name in stage.needs}
     words = ("-m", "nemo_warp.reporting.curves", str(recipe.paths.root))
     words += ("--output", str(recipe.paths.stage(stage.name).directory))
-    return Request(REPORT, {}, inputs, ("curves.png", "table.md"), (words,))
+    return Request(REPORT, {}, inputs, (), ("curves.png", "table.md"), (words,))
 
 
 _BUILDERS = {
@@ -205,49 +218,14 @@ _BUILDERS = {
 }
 
 
-def _completion(paths: StagePaths) -> Completion:
-    completion = read_completion(paths.directory)
-    if completion is None:
-        raise RecordError(f"{paths.directory} is not finished: it has no completion record")
-    return completion
-
-
-def _published(paths: StagePaths, name: str) -> str:
-    """Hash of an artifact, from its stage's record; the artifact must still be there."""
-    entry = _completion(paths).files.get(name)
-    if entry is None:
-        raise RecordError(
-            f"{paths.completion} does not mention {name}; remove the stage to redo it"
-        )
-    if not (paths.directory / name).exists():
-        raise RecordError(
-            f"{paths.directory / name} is gone, but is needed again; remove {paths.directory} to "
-            "make it anew"
-        )
-    return entry.sha256
-
-
-def _refuse_twins(members: dict[str, Completion]) -> None:
-    """Members that read the same prompts in the same order are copies, not policies to merge."""
-    for key in ("seed", "prompt_order_hash"):
-        seen: dict[Any, str] = {}
-        for name, completion in members.items():
-            value = completion.details.get(key)
-            if value is not None and value in seen:
-                raise RecordError(
-                    f"{name} and {seen[value]} have the same {key} ({value}): merging copies of "
-                    "one run is no merge; give the members different seeds and remove one of them"
-                )
-            seen[value] = name
-
-
-def _reward_inputs(rewards: dict[str, dict[str, Any]], pins: dict[str, str]) -> dict[str, str]:
+def _hashes(rewards: dict[str, dict[str, Any]], contents: Contents) -> dict[str, str]:
     """What decides the scores: the callable and its options, or the model's contents."""
     deciding = ("callable", "options", "batch", "fingerprint", "arguments")
-    return {
-        f"reward {name}": config_hash(
-            {k: reward[k] for k in deciding if reward.get(k)}
-            | {"weight": float(reward["weight"]), "model": pins.get(f"reward {name}")}
+    hashes = {}
+    for name, reward in rewards.items():
+        known = {key: reward[key] for key in deciding if reward.get(key)}
+        model = contents.pinned(f"reward {name}") if reward.get("model") else None
+        hashes[f"reward {name}"] = config_hash(
+            {**known, "weight": float(reward["weight"]), "model": model}
         )
-        for name, reward in rewards.items()
-    }
+    return hashes

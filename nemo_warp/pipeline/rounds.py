@@ -56,7 +56,7 @@ def _run_round(recipe: Recipe, say: Callable[[str], None]) -> int:
     recipe.paths.slurm_logs.mkdir(exist_ok=True)
     jobs = submit_missing(recipe, states, submit)
     if jobs and slurm.DRIVER not in queue:
-        submit(slurm.sbatch_driver(recipe, _driver_waits_for(recipe, states, jobs)))
+        submit(slurm.sbatch_driver(recipe, driver_waits_for(recipe, jobs)))
     return exit_codes.IN_PROGRESS if jobs else exit_codes.FAILED
 
 
@@ -98,9 +98,7 @@ def _is_missing(stage: Stage, states: dict[str, StageState], jobs: dict[str, str
     return all(n in jobs or states[n].status is Status.DONE for n in stage.needs)
 
 
-def _driver_waits_for(
-    recipe: Recipe, states: dict[str, StageState], jobs: dict[str, str]
-) -> list[str]:
+def driver_waits_for(recipe: Recipe, jobs: dict[str, str]) -> list[str]:
     """The next round begins when this one's merge has ended; without one, when all jobs have."""
     merges = [merge_name(i) for i in range(1, recipe.values["iterations"]) if merge_name(i) in jobs]
     return [jobs[merges[-1]]] if merges else sorted(set(jobs.values()))

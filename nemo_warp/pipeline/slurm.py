@@ -92,7 +92,7 @@ def job_name(recipe: Recipe, kind: str, iteration: int = 0) -> str:
     return f"warp-{run_tag(recipe)}{middle}-{kind}"
 
 
-def queue(recipe: Recipe) -> dict[str, QueuedJob]:
+def queue(recipe: Recipe, patience_s: float = _PATIENCE_S) -> dict[str, QueuedJob]:
     """This run's jobs by stage name (``driver`` for the driver's), pending and running.
 
     Raises:
@@ -103,7 +103,10 @@ def queue(recipe: Recipe) -> dict[str, QueuedJob]:
         name = job_name(recipe, stage.kind, stage.iteration)
         stages[name, stage.member] = stage.name
     names = ",".join(sorted({name for name, _ in stages}))
-    lines = ask(["squeue", "--noheader", "--array", f"--name={names}", "--format=%j|%F|%K|%T|%r"])
+    lines = ask(
+        ["squeue", "--noheader", "--array", f"--name={names}", "--format=%j|%F|%K|%T|%r"],
+        patience_s,
+    )
     jobs: dict[str, QueuedJob] = {}
     for line in lines.splitlines():
         name, job, index, state, reason = line.split("|", 4)
@@ -168,7 +171,8 @@ def sbatch_driver(recipe: Recipe, after: Sequence[str]) -> list[str]:
     shape = job_shape(recipe, DRIVER)
     words = _sbatch(recipe, DRIVER, 0, shape, chdir=os.getcwd())
     words += [f"--dependency=afterany:{':'.join(after)}"] if after else []
-    script = [str(checkout() / "slurm" / "warp_iter.sh"), *recipe.arguments]
+    arguments = [word for word in recipe.arguments if word != "launcher.kind=slurm"]
+    script = [str(checkout() / "slurm" / "warp_iter.sh"), *arguments]
     return [*words, *recipe.cluster["sbatch"], *script]
 
 
@@ -204,13 +208,13 @@ def cancel(job_ids: Sequence[str]) -> None:
         ask(["scancel", "--quiet", *job_ids])
 
 
-def ask(words: Sequence[str]) -> str:
+def ask(words: Sequence[str], patience_s: float = _PATIENCE_S) -> str:
     """Run a Slurm command and return what it prints; asks again while the controller is away.
 
     Raises:
         SlurmError: it refused, is not installed, or did not answer for minutes.
     """
-    deadline, pause = time.monotonic() + _PATIENCE_S, 1.0
+    deadline, pause = time.monotonic() + patience_s, 1.0
     while True:
         try:
             result = subprocess.run(

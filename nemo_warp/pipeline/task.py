@@ -26,7 +26,7 @@ from nemo_warp.pipeline import attempts, locks, slurm
 from nemo_warp.pipeline.paths import StagePaths
 from nemo_warp.pipeline.plan import Stage
 from nemo_warp.pipeline.recipe import Recipe, load_recipe
-from nemo_warp.pipeline.request import Request, build_request
+from nemo_warp.pipeline.request import Request, build_request, read_request
 from nemo_warp.pipeline.state import Status, inspect, is_done
 from nemo_warp.pipeline.steps import Allocation, slurm_allocation
 from nemo_warp.pipeline.supervise import Outcome, Supervisor
@@ -80,6 +80,7 @@ def run_stage(recipe: Recipe, stage: Stage, lock: int) -> int:
     if is_done(recipe, stage, request):
         print(f"{stage.name} is done already", flush=True)
         return exit_codes.DONE
+    _require_inputs(stage, request)
     _set_up(recipe, stage, request)
     cap = recipe.values["retries"]["without_progress"]
     stuck = attempts.failure(paths, cap)
@@ -113,6 +114,15 @@ def _await_needs(recipe: Recipe, stage: Stage) -> None:
         time.sleep(1.0)
 
 
+def _require_inputs(stage: Stage, request: Request) -> None:
+    for path in request.reads:
+        if not path.exists():
+            raise RecordError(
+                f"{stage.name} reads {path}, which is gone; remove the directory of the stage that "
+                "made it to make it again"
+            )
+
+
 def _set_up(recipe: Recipe, stage: Stage, request: Request) -> None:
     """Make the stage's directory; move one that was made for other inputs out of the way."""
     paths = recipe.paths.stage(stage.name)
@@ -124,8 +134,6 @@ def _set_up(recipe: Recipe, stage: Stage, request: Request) -> None:
 
 def _supersede(recipe: Recipe, stage: Stage, request: Request) -> None:
     """Rename a directory whose inputs are not the wanted ones to ``superseded/...``."""
-    from nemo_warp.pipeline.request import read_request
-
     paths = recipe.paths.stage(stage.name)
     recorded = read_request(paths)
     if recorded is None or recorded == request.record():

@@ -28,12 +28,13 @@ _REWARD_KEYS = (
 _RESOURCE_KEYS = ("time", "gpus_per_node", "cpus_per_node", "memory", "options")
 
 
-def check_recipe(values: dict[str, Any], source: str) -> None:
+def check_recipe(values: dict[str, Any], source: str, files_here: bool = True) -> None:
     """Raise ValueError for the first thing wrong with a resolved recipe.
 
     Args:
         values: all keys of conf/recipe.yaml, paths absolute.
         source: the recipe's file, for the message.
+        files_here: whether the inputs must exist on this machine.
     """
     try:
         _check_sizes(values)
@@ -43,7 +44,9 @@ def check_recipe(values: dict[str, Any], source: str) -> None:
         _check_rates(values)
         _check_launcher(values)
         _check_member(values["member"])
-        _check_files(values)
+        _check_one_machine(values)
+        if files_here:
+            _check_files(values)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
 
@@ -179,6 +182,14 @@ def _check_member(member: dict[str, Any]) -> None:
     shards = model["tensor_model_parallel_size"] * model["pipeline_model_parallel_size"]
     _require(ranks >= 1 and ranks % shards == 0, f"member.trainer has {trainer['num_nodes']} x "
              f"{trainer['devices']} ranks, which TP x PP = {shards} does not divide")  # fmt: skip
+
+
+def _check_one_machine(values: dict[str, Any]) -> None:
+    if values["launcher"]["kind"] == "slurm":
+        return
+    nodes = values["member"]["trainer"]["num_nodes"]
+    _require(nodes == 1, f"member.trainer.num_nodes is {nodes}, but launcher.kind local is one "
+             "machine; use launcher.kind=slurm")  # fmt: skip
 
 
 def _check_files(values: dict[str, Any]) -> None:

@@ -1,0 +1,152 @@
+"""``nemo-warp plan``: what `run` would do, without doing any of it."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+from nemo_warp import exit_codes
+from nemo_warp.pipeline import programs, slurm
+from nemo_warp.pipeline.commands.common import add_recipe, in_words, load
+from nemo_warp.pipeline.estimate import costs, disk_bytes
+from nemo_warp.pipeline.plan import MEMBER, MERGE, Stage
+from nemo_warp.pipeline.recipe import Recipe
+from nemo_warp.pipeline.request import planned_request
+from nemo_warp.pipeline.rounds import driver_waits_for, submit_missing
+from nemo_warp.pipeline.state import StageState, Status
+from nemo_warp.pipeline.steps import Allocation
+
+EPILOG = """\
+Writes nothing and asks Slurm nothing. Job ids are shown as JOB1, JOB2, ..., nodes as node1, ...
+
+  nemo-warp plan recipes/tiny
+  nemo-warp plan recipes/gemma_7b cluster=conf/cluster/h100.yaml
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.epilog = EPILOG
+    add_recipe(parser)
+    parser.add_argument(
+        "--no-input-files",
+        action="store_true",
+        help="plan although checkpoints and prompts are not here (on another machine)",
+    )
+
+
+@in_words
+def main(args: argparse.Namespace) -> int:
+    """Print the plan."""
+    recipe = load(args, files_here=not args.no_input_files)
+    print("\n".join(describe(recipe)))
+    return exit_codes.DONE
+
+
+def describe(recipe: Recipe) -> Iterator[str]:
+    """The plan, line by line."""
+    values = recipe.values
+    yield f"{recipe.name}: {values['iterations']} iterations x {values['members']} members"
+    yield f"run directory {recipe.paths.root}"
+    yield ""
+    yield from _stages(recipe)
+    yield ""
+    yield from _commands(recipe)
+    yield ""
+    yield from _costs(recipe)
+
+
+def _stages(recipe: Recipe) -> Iterator[str]:
+    yield "stages"
+    for stage in recipe.stages:
+        yield f"  {stage.name:<24} {_detail(recipe, stage)}".rstrip()
+
+
+def _detail(recipe: Recipe, stage: Stage) -> str:
+    if stage.kind == MEMBER:
+        weights = recipe.rewards(stage.member)
+        rewards = " + ".join(f"{reward['weight']:g} {name}" for name, reward in weights.items())
+        config = recipe.member_config(stage.iteration, stage.member)
+        penalty = config["length_penalty"]
+        return (
+            f"T {config['run']['total_steps']}, seed {config['run']['seed']}, lr "
+            f"{config['optim']['lr']:g}, reward {rewards}"
+            f"{f' - {penalty:g} per token' if penalty else ''}"
+        )
+    if stage.kind == MERGE:
+        return f"init of iteration {stage.iteration + 1} at eta {recipe.eta(stage.iteration):g}"
+    return ""
+
+
+def _commands(recipe: Recipe) -> Iterator[str]:
+    if recipe.values["launcher"]["kind"] == "slurm":
+        yield from _submissions(recipe)
+        yield ""
+    yield "steps (of one job of each kind)"
+    seen = set()
+    for stage in recipe.stages:
+        if stage.kind not in seen:
+            seen.add(stage.kind)
+            yield from _steps(recipe, stage)
+    yield "  every port is a free one of its node, chosen when the step starts"
+
+
+def _submissions(recipe: Recipe) -> Iterator[str]:
+    """What the rounds submit if nothing fails."""
+    states = {s.name: StageState(s, Status.WAITING) for s in recipe.stages}
+    lines: list[str] = []
+
+    def submit(words: list[str]) -> str:
+        lines.append(shlex.join(words))
+        return f"JOB{sum(line.startswith('sbatch') for line in lines)}"
+
+    for number in range(1, recipe.values["iterations"] + 1):
+        lines.append(f"round {number}")
+        jobs = submit_missing(recipe, states, submit)
+        submit(slurm.sbatch_driver(recipe, driver_waits_for(recipe, jobs)))
+        done = set(jobs)
+        states = {
+            name: StageState(state.stage, Status.DONE if name in done else state.status)
+            for name, state in states.items()
+        }
+    for line in lines:
+        yield line if line.startswith("round") else f"  {line}"
+
+
+def _steps(recipe: Recipe, stage: Stage) -> Iterator[str]:
+    allocation = Allocation("python")
+    if recipe.values["launcher"]["kind"] == "slurm":
+        shape = slurm.job_shape(recipe, stage.kind)
+        hosts = tuple(f"node{number}" for number in range(1, shape.nodes + 1))
+        allocation = Allocation(
+            recipe.cluster["step_python"], hosts, recipe.cluster, shape.gpus_per_node
+        )
+    request = planned_request(recipe, stage)
+    attempt = recipe.paths.stage(stage.name).attempts / "001"
+    yield f"  {stage.name}"
+    steps = programs.servers(recipe, request, allocation, attempt)
+    for step in [*steps, *programs.programs(recipe, stage, request, allocation, attempt)]:
+        yield f"    {shlex.join(step.command(allocation, master_port=0))}"
+
+
+def _costs(recipe: Recipe) -> Iterator[str]:
+    yield "cost (products of the recipe's section estimate)"
+    total_nodes = total_gpus = 0.0
+    for name, cost in costs(recipe).items():
+        if cost.node_hours is None or cost.gpu_hours is None:
+            yield f"  {name:<24} {cost.jobs} jobs x {cost.nodes} nodes; no estimate"
+            continue
+        total_nodes, total_gpus = total_nodes + cost.node_hours, total_gpus + cost.gpu_hours
+        yield (
+            f"  {name:<24} {cost.jobs} jobs x {cost.nodes} nodes x {cost.hours_each:.1f} h = "
+            f"{cost.node_hours:.0f} node-hours, {cost.gpu_hours:.0f} GPU-hours"
+        )
+    yield f"  {'together':<24} {total_nodes:.0f} node-hours, {total_gpus:.0f} GPU-hours"
+    disk = disk_bytes(recipe)
+    if disk is None:
+        yield "  disk: give estimate.parameters"
+        return
+    parts = ", ".join(f"{name} {size / 1e9:.0f} GB" for name, size in disk.items())
+    yield f"  disk {sum(disk.values()) / 1e12:.2f} TB below {Path(recipe.paths.root)}: {parts}"

@@ -1,0 +1,121 @@
+"""``nemo-warp status``: what is done, running, failed, why, and what happens next."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from nemo_warp import exit_codes
+from nemo_warp.pipeline import locks, slurm
+from nemo_warp.pipeline.commands.common import EXIT_CODES, add_recipe, existing, in_words
+from nemo_warp.pipeline.progress import measure
+from nemo_warp.pipeline.recipe import Recipe
+from nemo_warp.pipeline.state import QueuedJob, StageState, Status, counts, exit_code, inspect
+from nemo_warp.pipeline.view import table
+
+EPILOG = f"""\
+Reads the run directory (and the queue, under Slurm); writes nothing.
+
+  nemo-warp status runs/tiny
+  nemo-warp status runs/tiny --json | jq .next
+
+{EXIT_CODES}"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.epilog = EPILOG
+    add_recipe(parser)
+    parser.add_argument("--json", action="store_true", help="for programs")
+
+
+@in_words
+def main(args: argparse.Namespace) -> int:
+    """Print the state; returns the run's exit code."""
+    recipe = existing(args)
+    queue, problem = _queue(recipe)
+    states = inspect(recipe, queue)
+    code = _code(recipe, states)
+    following = what_next(recipe, states, queue)
+    if args.json:
+        print(json.dumps(as_json(recipe, states, code, following, problem), indent=2))
+        return code
+    print("\n".join(table(recipe, states)))
+    print(f"\n{problem or ''}{' ' if problem else ''}next: {following}")
+    return code
+
+
+def _queue(recipe: Recipe) -> tuple[dict[str, QueuedJob] | None, str | None]:
+    if recipe.values["launcher"]["kind"] != "slurm":
+        return None, None
+    try:
+        return slurm.queue(recipe, patience_s=5.0), None
+    except slurm.SlurmError as error:
+        return None, f"the queue cannot be read ({error}); this is what the disk says."
+
+
+def _code(recipe: Recipe, states: Mapping[str, StageState]) -> int:
+    code = exit_code(states)
+    active = {s.status for s in states.values()} & {Status.RUNNING, Status.QUEUED}
+    if code == exit_codes.IN_PROGRESS and recipe.paths.stop.exists() and not active:
+        return exit_codes.STOPPED_RESUMABLE
+    return code
+
+
+def what_next(
+    recipe: Recipe,
+    states: Mapping[str, StageState],
+    queue: Mapping[str, QueuedJob] | None,
+) -> str:
+    """What happens next, and whether somebody has to do something for it."""
+    root = recipe.paths.root
+    named = {
+        status: [name for name, state in states.items() if state.status is status]
+        for status in Status
+    }
+    if len(named[Status.DONE]) == len(states):
+        return f"nothing, it is done: {recipe.paths.stage('final').policy}"
+    if recipe.paths.stop.exists():
+        return f"nothing, it was stopped; go on with: nemo-warp resume {root}"
+    if named[Status.FAILED] and not named[Status.RUNNING] and not named[Status.QUEUED]:
+        return f"nothing until you act: nemo-warp resume {root}"
+    by_slurm = queue is not None and slurm.DRIVER in queue
+    driven = by_slurm or locks.is_held(recipe.paths.driver_lock)
+    coming = (named[Status.READY] + named[Status.QUEUED] + named[Status.WAITING])[:1]
+    step = f"{coming[0]}" if coming else "the end"
+    if driven:
+        return step
+    return f"{step}, but no driver is at work; nemo-warp run {root}"
+
+
+def as_json(
+    recipe: Recipe,
+    states: Mapping[str, StageState],
+    code: int,
+    following: str,
+    problem: str | None,
+) -> dict[str, Any]:
+    """Everything the table says, for programs."""
+    stages = [
+        {
+            "name": name,
+            "kind": state.stage.kind,
+            "status": state.status.value,
+            "reason": state.reason,
+            "job": state.job.job_id if state.job else None,
+            **asdict(measure(recipe, state)),
+        }
+        for name, state in states.items()
+    ]
+    return {
+        "name": recipe.name,
+        "run_directory": str(recipe.paths.root),
+        "exit_code": code,
+        "counts": counts(states),
+        "next": following,
+        "problem": problem,
+        "stages": stages,
+    }
