@@ -142,7 +142,7 @@ class WarpActorModel(MegatronGPTReinforceActorModel):
         return forward_step
 
     def _forward_only(self, tokens: Tensor, micro_batch_size: int, func: Callable) -> list[Tensor]:
-        """Run ``func`` over ``tokens``; a tensor per micro batch on the last stage, else nothing."""
+        """Run ``func`` over ``tokens``: a tensor per micro batch on the last stage, else none."""
         set_sync_funcs(self, forward_only=True)
         attention_mask, _, position_ids = self.get_ltor_masks_and_position_ids(tokens)
         num_microbatches = len(tokens) // micro_batch_size

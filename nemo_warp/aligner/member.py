@@ -32,7 +32,6 @@ from nemo_warp.records import (
     hash_file,
     write_completion,
     write_json_atomically,
-    write_text_atomically,
 )
 
 EXIT_CODES = {
@@ -147,20 +146,16 @@ def finish(config: Any, texts: dict[str, list[str]], member: Member) -> None:
             files={POLICY_FILE: hash_file(output)},
             details=details,
             code_version=code_version(),
-            versions=_versions(),
+            versions=package_versions(),
         )
         write_completion(directory, record)
     torch.distributed.barrier()
 
 
 def _resume(config: Any, policy: Policy, anchor: EmaAnchor | None) -> dict[str, Any]:
-    directory = Path(config.run.directory)
-    checkpoints = training_checkpoint.completed_checkpoints(directory / "checkpoints")
+    directory = Path(config.run.directory) / "checkpoints"
+    checkpoints = training_checkpoint.completed_checkpoints(directory)
     if not checkpoints:
-        if torch.distributed.get_rank() == 0:
-            write_text_atomically(
-                directory / "config.sha256", identity_hash(to_plain(config)) + "\n"
-            )
         return {"step": 0, "evaluated": False}
     state = training_checkpoint.read_trainer_state(checkpoints[-1])
     training_checkpoint.load(checkpoints[-1], policy.model, anchor)
@@ -168,7 +163,9 @@ def _resume(config: Any, policy: Policy, anchor: EmaAnchor | None) -> dict[str, 
 
 
 def _tokenize(config: Any, model: Any, name: str, texts: list[str]) -> list[Prompt]:
-    return tokenize(texts, model.tokenizer, max_prompt_tokens(config), Path(config.prompts[name]))
+    return tokenize(
+        texts, model.tokenizer, max_prompt_tokens(config, config.init), Path(config.prompts[name])
+    )
 
 
 def _open_log(config: Any, step: int) -> MetricsLog | SilentLog:
@@ -178,7 +175,7 @@ def _open_log(config: Any, step: int) -> MetricsLog | SilentLog:
     plain = to_plain(config)
     write_json_atomically(
         directory / "provenance.json",
-        {"config": plain, "code_version": code_version(), "versions": _versions(),
+        {"config": plain, "code_version": code_version(), "versions": package_versions(),
          "slurm_job_id": os.environ.get("SLURM_JOB_ID"), "resumed_at_step": step},
     )  # fmt: skip
     return MetricsLog(directory, config.loggers, plain, step, config.run.name)
@@ -198,7 +195,8 @@ def _announce(trainer: WarpReinforceTrainer, weights: dict[str, ShardedWeights])
     logging.info(f"starting at step {trainer.step} of {trainer.config.run.total_steps}")
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """Versions of what trains and evaluates, as installed."""
     found = {}
     for package in _PACKAGES:
         try:

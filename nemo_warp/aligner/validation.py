@@ -49,8 +49,8 @@ def _check_choices(config: Any) -> None:
     scheme = (config.model.extra.get("peft") or {}).get("peft_scheme", "none")
     if scheme not in (None, "none"):
         raise ValueError(
-            f"model.extra.peft.peft_scheme is {scheme}; WARP averages full weights, adapters (PEFT, "
-            "LoRA) are not supported: merge the adapter into the model first"
+            f"model.extra.peft.peft_scheme is {scheme}; WARP averages full weights, adapters "
+            "(PEFT, LoRA) are not supported: merge the adapter into the model first"
         )
 
 
@@ -71,27 +71,31 @@ def _check_ranges(config: Any) -> None:
 
 
 def _check_batch_sizes(config: Any) -> None:
-    dp = data_parallel_size(config)
-    rollout, updates = config.rollout, config.rollout.updates_per_rollout
+    dp, rollout = data_parallel_size(config), config.rollout
+    updates, forward = rollout.updates_per_rollout, rollout.forward_micro_batch_size
     batch = rollout.prompts_per_step * rollout.samples_per_prompt
-    _require_multiple("rollout.prompts_per_step * samples_per_prompt", batch,
-                      "rollout.micro_batch_size * data parallel", rollout.micro_batch_size * dp)  # fmt: skip
-    _require_multiple("the batch of each rank", batch // dp,
-                      "rollout.forward_micro_batch_size", rollout.forward_micro_batch_size)  # fmt: skip
-    _require_multiple("rollout batch", batch, "updates_per_rollout * model.micro_batch_size * "
-                      "data parallel", updates * config.model.micro_batch_size * dp)  # fmt: skip
-    check_evaluation_sizes(config.evaluation, config.rollout.forward_micro_batch_size, dp)
+    name = "rollout.prompts_per_step * samples_per_prompt"
+    _require_multiple(
+        name, batch, "rollout.micro_batch_size * data parallel", rollout.micro_batch_size * dp
+    )
+    _require_multiple(name, batch, "forward_micro_batch_size * data parallel", forward * dp)
+    training = updates * config.model.micro_batch_size * dp
+    _require_multiple(
+        name, batch, "updates_per_rollout * model.micro_batch_size * data parallel", training
+    )
+    check_evaluation_sizes(config.evaluation, forward, dp)
     for key in ("total_steps", "eval_interval", "save_interval"):
         _require_multiple(f"run.{key}", config.run[key], "rollout.updates_per_rollout", updates)
 
 
 def check_evaluation_sizes(evaluation: Any, forward_micro_batch_size: int, dp: int) -> None:
-    """Refuse a number of held-out prompts that does not divide."""
-    _require_multiple("evaluation.num_prompts", evaluation.num_prompts,
-                      "evaluation.micro_batch_size * data parallel",
-                      evaluation.micro_batch_size * dp)  # fmt: skip
-    _require_multiple("the held-out prompts of each rank", evaluation.num_prompts // dp,
-                      "rollout.forward_micro_batch_size", forward_micro_batch_size)  # fmt: skip
+    """Refuse a number of held-out prompts that does not divide over micro batches and ranks."""
+    for name, size in (
+        ("evaluation.micro_batch_size", evaluation.micro_batch_size),
+        ("rollout.forward_micro_batch_size", forward_micro_batch_size),
+    ):
+        number = evaluation.num_prompts
+        _require_multiple("evaluation.num_prompts", number, f"{name} * data parallel", size * dp)
 
 
 def data_parallel_size(config: Any) -> int:
@@ -131,7 +135,7 @@ def read_model_config(path: Path) -> dict[str, Any]:
 
 
 def check_layout(model: dict[str, Any], config: Any, path: Path) -> None:
-    """Refuse tensor or pipeline sizes that do not divide the model, and contexts too short for it."""
+    """Refuse tensor and pipeline sizes that do not divide the model, and adapters."""
     tp, pp = config.model.tensor_model_parallel_size, config.model.pipeline_model_parallel_size
     heads = model.get("num_attention_heads")
     groups = model.get("num_query_groups") or heads
@@ -148,18 +152,18 @@ def context_length(model: dict[str, Any]) -> int:
     return min(model["max_position_embeddings"], model["encoder_seq_length"])
 
 
-def max_prompt_tokens(config: Any) -> int:
-    """What the context leaves for a prompt, or ``prompts.max_tokens`` if that is less.
+def max_prompt_tokens(config: Any, checkpoint: str) -> int:
+    """What the context of ``checkpoint`` leaves for a prompt; ``prompts.max_tokens`` if less.
 
     Raises:
         ValueError: nothing is left.
     """
-    context = context_length(read_model_config(Path(config.init)))
+    context = context_length(read_model_config(Path(checkpoint)))
     room = context - config.rollout.max_response_tokens
     if room < 1:
         raise ValueError(
-            f"rollout.max_response_tokens is {config.rollout.max_response_tokens}, but {config.init} "
-            f"reads at most {context} tokens: no room for a prompt"
+            f"rollout.max_response_tokens is {config.rollout.max_response_tokens}, but "
+            f"{checkpoint} reads at most {context} tokens: no room for a prompt"
         )
     return min(room, config.prompts.max_tokens or room)
 

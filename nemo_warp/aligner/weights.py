@@ -30,7 +30,7 @@ class _Span:
 
 
 def model_parameters(model: Any) -> list[Tensor]:
-    """The parameters on this rank, each once (tied embeddings are one parameter), in model order."""
+    """The parameters on this rank in model order, each once (tied embeddings are one)."""
     if model.cfg.get("expert_model_parallel_size", 1) > 1:
         raise ValueError(
             "expert_model_parallel_size > 1: experts are not replicated over the data-parallel "
@@ -128,7 +128,7 @@ class ShardedWeights:
             yield
 
     def sharded_state_dict(self, prefix: str) -> dict[str, Any]:
-        """Megatron's distributed-checkpoint view of these weights: fp32, keys ``prefix`` + model key.
+        """Megatron's distributed-checkpoint view of these weights: fp32, ``prefix`` + model key.
 
         Made by the model itself while the gathered fp32 weights are in place, so that layouts
         (stacked layers, SwiGLU, padded vocabulary) are the model's own. Resharding on load is

@@ -1,0 +1,69 @@
+"""Shared by the entry points: a directory's lock and owner, how errors are told. No NeMo."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sys
+from pathlib import Path
+from typing import IO, Any
+
+from nemo_warp.config import identity_hash, to_plain
+from nemo_warp.records import read_completion, write_text_atomically
+
+_OWNER_FILE = "config.sha256"
+
+
+def is_first_rank() -> bool:
+    """Whether this process is rank 0 of its job (or its only process)."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
+
+
+def already_complete(directory: Path, config: Any) -> bool:
+    """Whether ``directory`` holds the finished result of this very configuration.
+
+    Raises:
+        ValueError: the directory belongs to another configuration.
+        RecordError: its completion record is unreadable.
+    """
+    wanted = identity_hash(to_plain(config))
+    completion = read_completion(directory)
+    owner = directory / _OWNER_FILE
+    found = owner.read_text().strip() if owner.is_file() else None
+    found = completion.config_hash if completion else found
+    if found not in (None, wanted):
+        raise ValueError(
+            f"{directory} belongs to another configuration (hash {found[:12]}, this one is "
+            f"{wanted[:12]}); choose another directory, or remove it to start again"
+        )
+    if completion and is_first_rank():
+        print(f"{directory} is complete")
+    return completion is not None
+
+
+def lock_directory(directory: Path, config: Any) -> IO[str]:
+    """Take ``directory`` for this run until the returned file is closed; rank 0 holds it for all.
+
+    Raises:
+        ValueError: another run holds it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = (directory / ".lock").open("w")
+    if not is_first_rank():
+        return lock
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise ValueError(
+            f"another run is using {directory}; wait for it, or choose another directory"
+        ) from None
+    write_text_atomically(directory / _OWNER_FILE, identity_hash(to_plain(config)) + "\n")
+    return lock
+
+
+def refuse(error: Exception, code: int) -> int:
+    """Tell the user, once for all ranks; returns ``code``."""
+    if is_first_rank():
+        print(f"error: {error}", file=sys.stderr)
+    return code

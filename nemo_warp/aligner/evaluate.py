@@ -1,0 +1,132 @@
+"""Measure a front: ``python -m nemo_warp.aligner.evaluate --config FILE``, once per rank.
+
+Loads base and slerp once and slides eta in memory. Each point is recorded as soon as it is
+measured; a restart continues with the next one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_warp import exit_codes
+from nemo_warp.aligner.entry import already_complete, lock_directory, refuse
+from nemo_warp.aligner.prompts import read_prompts
+from nemo_warp.aligner.validation import (
+    check_evaluation_sizes,
+    check_layout,
+    data_parallel_size,
+    max_prompt_tokens,
+    read_model_config,
+)
+from nemo_warp.config import CONF_DIRECTORY, load_config, require_complete, to_plain
+from nemo_warp.records import RecordError
+
+POINTS_FILE = "points.jsonl"
+_MEMBER_SECTIONS = ("rollout", "algorithm", "reward_client", "evaluation", "trainer", "model")
+_MAX_ETA = 2.0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns an exit code of `nemo_warp.exit_codes`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m nemo_warp.aligner.evaluate",
+        description="Measure reward, KL to SFT and length along (1 - eta) * base + eta * slerp.",
+        epilog="example: torchrun --nproc-per-node 8 -m nemo_warp.aligner.evaluate --config "
+        "evaluation.yaml\n    'etas=[0,0.3,1]' evaluation.num_prompts=1024\n"
+        "A restart measures only what points.jsonl does not hold yet.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", type=Path, required=True, help="see conf/evaluation.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parsed = parser.parse_args(arguments)
+    try:
+        config = load_evaluation(parsed.config, parsed.overrides)
+        texts = check_evaluation(config)
+        directory = Path(config.directory)
+        if already_complete(directory, config):
+            return exit_codes.DONE
+        lock = lock_directory(directory, config)
+    except (ValueError, RecordError) as error:
+        return refuse(error, exit_codes.MISCONFIGURED)
+    from nemo_warp.aligner.compat import activate
+
+    activate()
+    from nemo_warp.aligner.front import measure_front
+    from nemo_warp.rewards import RewardError
+
+    with lock:
+        try:
+            return measure_front(config, texts)
+        except ValueError as error:
+            return refuse(error, exit_codes.MISCONFIGURED)
+        except (RecordError, RewardError) as error:
+            return refuse(error, exit_codes.FAILED)
+
+
+def load_evaluation(path: Path, overrides: list[str]) -> DictConfig:
+    """The evaluation's configuration, its open sections filled from conf/member.yaml."""
+    config = load_config(CONF_DIRECTORY / "evaluation.yaml", path, overrides)
+    given = {name: to_plain(config)[name] for name in _MEMBER_SECTIONS}
+    member = load_config(CONF_DIRECTORY / "member.yaml", given)
+    filled = to_plain(member, resolve=False)
+    config = OmegaConf.merge(config, {name: filled[name] for name in _MEMBER_SECTIONS})
+    require_complete(config)
+    return config
+
+
+def check_evaluation(config: DictConfig) -> list[str]:
+    """Refuse what cannot work; returns the texts of the held-out prompts in use.
+
+    Raises:
+        ValueError: with one clear sentence.
+    """
+    for eta in config.etas:
+        if not 0.0 <= eta <= _MAX_ETA:
+            raise ValueError(f"etas holds {eta}, expected 0 to {_MAX_ETA:g}")
+    for name in ("base", "slerp", "sft"):
+        check_layout(read_model_config(Path(config[name])), config, Path(config[name]))
+    max_prompt_tokens(config, config.base)
+    check_evaluation_sizes(
+        config.evaluation, config.rollout.forward_micro_batch_size, data_parallel_size(config)
+    )
+    texts = read_prompts(Path(config.prompts.heldout), config.prompts.key)
+    count = config.evaluation.num_prompts
+    if len(texts) < count:
+        raise ValueError(
+            f"{config.prompts.heldout} has {len(texts)} prompts, but evaluation.num_prompts is "
+            f"{count}"
+        )
+    return texts[:count]
+
+
+def wanted_points(config: DictConfig) -> Iterator[tuple[str, float]]:
+    """(base, eta) of every point of the front, in the order they are measured."""
+    bases = ["init"]
+    if config.towards_sft and config.sft != config.base:
+        bases.append("sft")
+    for base in bases:
+        for eta in config.etas:
+            yield base, float(eta)
+
+
+def measured_points(path: Path) -> dict[tuple[str, float], dict[str, Any]]:
+    """Points on record; an incomplete last line does not count."""
+    points = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            point = json.loads(line)
+            points[point["base"], float(point["eta"])] = point
+        except (ValueError, KeyError, TypeError):
+            continue
+    return points
+
+
+if __name__ == "__main__":
+    sys.exit(main())
