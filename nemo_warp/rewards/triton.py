@@ -81,13 +81,18 @@ def answer(scores: np.ndarray, reasons: list[str]) -> dict[str, np.ndarray]:
     return {"rewards": scores.reshape(-1, 1).astype(np.float32), "reasons": encoded.reshape(-1, 1)}
 
 
-def serve(infer: Infer, serving: Serving) -> None:
+def serve(infer: Infer, serving: Serving, broken: threading.Event | None = None) -> None:
     """Serve until SIGTERM or SIGINT, in the main thread. The endpoint file exists meanwhile.
 
+    Args:
+        infer: answers one batch; called in another thread, one call at a time.
+        serving: where, as whom.
+        broken: set by ``infer`` when it can answer no more.
+
     Raises:
-        RewardError: the server did not start, or ended by itself.
+        RewardError: the server did not start, ended by itself, or is broken.
     """
-    stop = threading.Event()
+    stop, broken = threading.Event(), broken or threading.Event()
     with _stopping_on_signals(stop), _started(infer, serving) as (triton, port):
         host = socket.gethostname() if serving.host == _ANY_ADDRESS else serving.host
         endpoint = Endpoint.of_this_process(host, port, serving.run_id, serving.fingerprint)
@@ -96,6 +101,8 @@ def serve(infer: Infer, serving: Serving) -> None:
         log.info("ready at %s:%d as %s", host, port, endpoint.model_name)
         try:
             while not stop.wait(_POLL_S):
+                if broken.is_set():
+                    raise RewardError("the reward can answer no more: see the log above")
                 if not triton.is_alive():
                     raise RewardError(
                         "the Triton server ended by itself: its output above says why"

@@ -1,0 +1,205 @@
+"""NeMo-Aligner's reward model training, from one configuration. Import after `compat.activate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerBuilder
+from nemo_aligner.algorithms.supervised import SupervisedTrainer
+from nemo_aligner.data.nlp.builders import build_dataloader, build_train_valid_test_rm_datasets
+from nemo_aligner.models.nlp.gpt.megatron_gpt_reward_model import MegatronGPTRewardModel
+from nemo_aligner.utils.distributed import Timer
+from nemo_aligner.utils.train_script_utils import (
+    FakeCheckpointCallback,
+    extract_optimizer_scheduler_from_ptl_model,
+    init_distributed,
+    init_using_ptl,
+)
+from nemo_aligner.utils.utils import load_and_override_model_config, load_from_nemo
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_warp.config import to_plain
+from nemo_warp.records import code_version, config_hash, hash_file, write_json_atomically
+
+_MIN_LR_SHARE = 0.1
+
+
+def train_reward_model(config: Any) -> dict[str, Any]:
+    """Train, write ``config.output`` and its metrics, and return these. Collective.
+
+    Returns:
+        ``validation``: loss, accuracy and mean rewards on the held-out pairs (in whole batches);
+        ``history``: the same at each validation; and what made the model.
+    """
+    tree = _nemo_tree(config)
+    torch.manual_seed(config.seed)
+    trainer = MegatronTrainerBuilder(tree).create_trainer()
+    model = load_from_nemo(
+        MegatronGPTRewardModel,
+        tree.model,
+        trainer,
+        strict=True,
+        load_base_model_only=True,
+        restore_path=str(config.init),
+    )
+    init_distributed(trainer, model, tree.model.get("transformer_engine", False))
+    log = _History()
+    loop = _supervised_trainer(config, tree, trainer, model, log)
+    loop.fit()
+    Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+    model.save_to(str(config.output))
+    metrics = _metrics(config, log)
+    if torch.distributed.get_rank() == 0:
+        write_json_atomically(Path(config.output).with_suffix(".json"), metrics)
+        print(f"{config.output}: accuracy {metrics['validation']['acc']:.3f} on held-out pairs")
+    return metrics
+
+
+class _History:
+    """The logger NeMo-Aligner writes to: keeps what was validated."""
+
+    def __init__(self) -> None:
+        self.validations: list[dict[str, float]] = []
+
+    def log_metrics(self, metrics: dict[str, Any], step: int, prefix: str = "") -> None:
+        if prefix == "val/":
+            kept = {key: float(v) for key, v in metrics.items() if not key.endswith("_time")}
+            self.validations.append({"step": step, **kept})
+
+    def finalize(self) -> None:
+        """Nothing to flush."""
+
+
+def _nemo_tree(config: Any) -> DictConfig:
+    """NeMo's ``trainer`` and ``model``: the checkpoint's own configuration under our overrides."""
+    plain = to_plain(config)
+    trainer = {k: v for k, v in plain["trainer"].items() if k != "gradient_clip_val"}
+    switched_off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    trainer |= {"max_steps": plain["steps"], "use_distributed_sampler": False}
+    trainer |= dict.fromkeys(switched_off, False)
+    model = {k: v for k, v in plain["model"].items() if k != "extra"} | {
+        "reward_model_type": "binary_ranking",
+        "output_sequence": False,
+        "use_avg_pool": False,
+        "global_batch_size": plain["global_batch_size"],
+        "precision": plain["trainer"]["precision"],
+        "seed": plain["seed"],
+        "data": {
+            "data_impl": "jsonl",
+            "splits_string": None,
+            "num_workers": 0,
+            "reset_position_ids": False,
+            "reset_attention_mask": False,
+            "eod_mask_loss": False,
+            "index_mapping_dir": None,
+            "validation_drop_last": True,
+        },
+        "optim": _optimizer(plain["optim"]),
+        "overwrite_base_config": {"optim": True, "data": True},
+    }
+    overrides = OmegaConf.merge(model, plain["model"]["extra"])
+    tree = OmegaConf.create({"trainer": trainer, "exp_manager": {}, "model": {}})
+    tree.model = load_and_override_model_config(plain["init"], overrides)
+    return tree
+
+
+def _optimizer(optim: dict[str, Any]) -> dict[str, Any]:
+    schedule = {
+        "name": "CosineAnnealing",
+        "warmup_steps": optim["warmup_steps"],
+        "constant_steps": 0,
+        "min_lr": optim["lr"] * _MIN_LR_SHARE,
+    }
+    plain = {key: optim[key] for key in ("name", "lr", "betas", "weight_decay")}
+    return plain | {"sched": schedule} | optim["extra"]
+
+
+def _supervised_trainer(
+    config: Any, tree: DictConfig, trainer: Any, model: Any, log: _History
+) -> SupervisedTrainer:
+    loaders, train_set = _dataloaders(config, tree, model)
+    init_using_ptl(trainer, model, loaders["train"], train_set)
+    optimizer, scheduler = extract_optimizer_scheduler_from_ptl_model(model)
+    epochs = -(-config.steps // (len(train_set) // config.global_batch_size))
+    loop = OmegaConf.create(
+        {
+            "max_epochs": epochs,
+            "max_steps": config.steps,
+            "val_check_interval": config.validation_interval,
+            "save_interval": 0,
+            "limit_val_batches": 1.0,
+            "gradient_clip_val": config.trainer.gradient_clip_val,
+        }
+    )
+    return SupervisedTrainer(
+        cfg=loop,
+        model=model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        train_dataloader=loaders["train"],
+        val_dataloader=loaders["validation"],
+        test_dataloader=None,
+        logger=log,
+        ckpt_callback=FakeCheckpointCallback(),
+        run_timer=Timer(None),
+    )
+
+
+def _dataloaders(config: Any, tree: DictConfig, model: Any) -> tuple[dict[str, Any], Any]:
+    files = {name: [str(config.pairs[name])] for name in ("train", "validation")}
+    files["test"] = files["validation"]  # the builder wants three; this one is not read
+    sets = build_train_valid_test_rm_datasets(
+        cfg=tree.model,
+        data_prefix=OmegaConf.create(files),
+        data_impl="jsonl",
+        splits_string=None,
+        train_valid_test_num_samples=[-1, -1, -1],
+        seq_length=config.max_tokens or tree.model.encoder_seq_length,
+        seed=config.seed,
+        tokenizer=model.tokenizer,
+    )
+    loaders = {
+        name: build_dataloader(
+            cfg=tree,
+            dataset=dataset,
+            consumed_samples=0,
+            mbs=tree.model.micro_batch_size,
+            gbs=config.global_batch_size,
+            load_gbs=True,
+            use_random_sampler=name == "train",
+            collate_fn=_collate,
+        )
+        for name, dataset in zip(("train", "validation"), sets, strict=False)
+    }
+    return loaders, sets[0]
+
+
+def _collate(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """A batch of pairs, with a mask for both texts of each.
+
+    NeMo-Aligner puts chosen and rejected texts into one batch of twice the size, but not their
+    masks (megatron_gpt_reward_model.py:130): attention that reads the mask would refuse it. All
+    masks are the same causal one.
+    """
+    batch = torch.utils.data.default_collate(samples)
+    mask = batch["attention_mask"]
+    batch["attention_mask"] = mask[:1].expand(2 * len(samples), *mask.shape[1:])
+    return batch
+
+
+def _metrics(config: Any, log: _History) -> dict[str, Any]:
+    from importlib.metadata import version
+
+    return {
+        "steps": config.steps,
+        "seed": config.seed,
+        "validation": log.validations[-1],
+        "history": log.validations,
+        "config_hash": config_hash(to_plain(config)),
+        "pairs": {name: hash_file(Path(path)).sha256 for name, path in config.pairs.items()},
+        "init": hash_file(Path(config.init)).sha256,
+        "code_version": code_version(),
+        "versions": {name: version(name) for name in ("torch", "nemo-toolkit", "nemo-aligner")},
+    }

@@ -1,0 +1,140 @@
+"""Serve a NeMo reward model: ``python -m nemo_warp.aligner.serve_reward_model --help``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from nemo_warp.aligner.job import job_size
+from nemo_warp.aligner.validation import check_layout, data_parallel_size, read_model_config
+from nemo_warp.records import hash_file
+from nemo_warp.rewards.serve import add_serving_arguments, exit_code_of
+from nemo_warp.rewards.triton import Serving, log, serve
+
+EPILOG = """
+One process per device under torchrun or srun; the first one answers requests. Its fingerprint is
+the SHA-256 of the .nemo file. Texts that are empty or longer than the model's context come back as
+NaN, with the reason.
+
+example:
+  torchrun --nproc-per-node 4 -m nemo_warp.aligner.serve_reward_model --model rm.nemo --tensor 4 \\
+      --run-id helpful-member_01 --endpoint-file run/endpoint_helpful.json
+
+The endpoint file appears when the server is ready and goes when it stops (SIGTERM or Ctrl-C).
+"""
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Load the model on all ranks; serve on the first until told to stop."""
+    _check(arguments)
+    Serving(arguments.run_id, "", arguments.endpoint_file, arguments.host, arguments.port)
+    from nemo_warp.aligner.compat import activate
+
+    activate()
+    import torch
+
+    from nemo_warp.aligner.reward_model import (
+        RewardModelScorer,
+        RewardModelSetup,
+        load_reward_model,
+    )
+
+    setup = RewardModelSetup(
+        path=arguments.model,
+        tensor=arguments.tensor,
+        pipeline=arguments.pipeline,
+        micro_batch_size=arguments.micro_batch_size,
+        precision=arguments.precision or _default_precision(),
+    )
+    scorer = RewardModelScorer(load_reward_model(setup))
+    if torch.distributed.get_rank() == 0:
+        _lead(scorer, arguments)
+    else:
+        # The launcher signals every rank; the first one tells the others when it is done.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        scorer.follow()
+
+
+def _lead(scorer: object, arguments: argparse.Namespace) -> None:
+    log.info("hashing %s", arguments.model)
+    serving = Serving(
+        run_id=arguments.run_id,
+        fingerprint=hash_file(arguments.model).sha256,
+        endpoint_file=arguments.endpoint_file,
+        host=arguments.host,
+        port=arguments.port,
+        token_inputs=True,
+    )
+    try:
+        serve(scorer.infer, serving, broken=scorer.broken)
+    finally:
+        scorer.stop()
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse a model or a layout that cannot work, before NeMo is imported."""
+    ranks, nodes = job_size()
+    layout = OmegaConf.create(
+        {
+            "trainer": {"num_nodes": nodes, "devices": ranks // nodes},
+            "model": {
+                "tensor_model_parallel_size": arguments.tensor,
+                "pipeline_model_parallel_size": arguments.pipeline,
+            },
+        }
+    )
+    for name in ("tensor", "pipeline", "micro_batch_size"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+    model = read_model_config(arguments.model)
+    check_layout(model, layout, arguments.model)
+    data_parallel_size(layout)
+    if "RewardModel" not in str(model.get("target", "")):
+        raise ValueError(
+            f"{arguments.model} is a {model.get('target')}, not a NeMo-Aligner reward model: "
+            "train one with python -m nemo_warp.aligner.train_reward_model"
+        )
+
+
+def _default_precision() -> str:
+    import torch
+
+    return "bf16" if torch.cuda.is_available() else "32"
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m nemo_warp.aligner.serve_reward_model",
+        description="Serve a NeMo-Aligner reward model (.nemo) over PyTriton.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", required=True, type=Path, help="the .nemo, a tar or a directory")
+    add_serving_arguments(parser)
+    parser.add_argument("--tensor", type=int, default=1, help="tensor parallel size")
+    parser.add_argument("--pipeline", type=int, default=1, help="pipeline parallel size")
+    parser.add_argument(
+        "--micro-batch-size", type=int, default=8, help="sequences per forward pass"
+    )
+    parser.add_argument(
+        "--precision", choices=("32", "bf16"), help="default: bf16 on a GPU, 32 without"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns an exit code of `nemo_warp.exit_codes`."""
+    arguments = _arguments(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s reward: %(message)s")
+    return exit_code_of(lambda: run(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
