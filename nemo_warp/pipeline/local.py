@@ -15,6 +15,7 @@ import time
 from types import FrameType
 
 from nemo_warp import exit_codes
+from nemo_warp.pipeline.attempts import list_attempts
 from nemo_warp.pipeline.recipe import Recipe
 from nemo_warp.pipeline.state import StageState, Status, exit_code, inspect
 from nemo_warp.pipeline.steps import checkout
@@ -31,7 +32,9 @@ class LocalDriver:
         self._recipe, self._live = recipe, live
         self._tasks: dict[str, subprocess.Popen] = {}
         self._slots: dict[str, int] = {}
+        self._tries: dict[str, int] = {}
         self._interrupted = False
+        self._refused: set[str] = set()
 
     def run(self) -> int:
         """Start what is ready until everything is done or nothing can go on."""
@@ -47,8 +50,8 @@ class LocalDriver:
             if not self._tasks and not running:
                 if stopping:
                     return exit_codes.STOPPED_RESUMABLE
-                if not any(s.status is Status.READY for s in states.values()):
-                    return exit_code(states)
+                if not self._startable(states):
+                    return exit_codes.FAILED if self._refused else exit_code(states)
             self._wait(states)
 
     def _interrupt(self, _number: int, _frame: FrameType | None) -> None:
@@ -58,12 +61,13 @@ class LocalDriver:
 
     def _launch(self, states: dict[str, StageState]) -> None:
         busy = {n for n, s in states.items() if s.status is Status.RUNNING} | set(self._tasks)
-        for name, state in states.items():
-            if len(busy) >= self._recipe.values["launcher"]["side_by_side"]:
-                return
-            if state.status is Status.READY and name not in busy:
-                self._start(name)
-                busy.add(name)
+        free = self._recipe.values["launcher"]["side_by_side"] - len(busy)
+        for name in [n for n in self._startable(states) if n not in busy][: max(0, free)]:
+            self._start(name)
+
+    def _startable(self, states: dict[str, StageState]) -> list[str]:
+        ready = [name for name, state in states.items() if state.status is Status.READY]
+        return [name for name in ready if name not in self._refused]
 
     def _start(self, name: str) -> None:
         """One task in a session of its own: Ctrl-C reaches this driver, which tells its tasks."""
@@ -76,6 +80,7 @@ class LocalDriver:
         ]
         logs = self._recipe.paths.task_log(name)
         logs.parent.mkdir(exist_ok=True)
+        self._tries[name] = len(list_attempts(self._recipe.paths.stage(name)))
         slots = set(range(self._recipe.values["launcher"]["side_by_side"]))
         self._slots[name] = min(slots - set(self._slots.values()), default=0)
         with logs.open("ab") as output:
@@ -99,15 +104,23 @@ class LocalDriver:
         chosen = launcher["gpus"][first : first + share]
         return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, chosen))}
 
+    def _ended(self, name: str, code: int) -> None:
+        """One that ended before it could make an attempt would do the same again: not repeated."""
+        del self._slots[name]
+        made = len(list_attempts(self._recipe.paths.stage(name))) > self._tries[name]
+        if code not in (exit_codes.DONE, exit_codes.IN_PROGRESS) and not made:
+            self._refused.add(name)
+            self._live.refused(name, self._recipe.paths.task_log(name))
+        elif code:
+            self._live.ended(name, code)
+
     def _wait(self, states: dict[str, StageState]) -> None:
         """Until one of our tasks ends, or it is time to look at those of others."""
         deadline = time.monotonic() + _LOOK_AGAIN_S
         while time.monotonic() < deadline:
             ended = [name for name, task in self._tasks.items() if task.poll() is not None]
             for name in ended:
-                code = self._tasks.pop(name).returncode
-                del self._slots[name]
-                self._live.ended(name, code)
+                self._ended(name, self._tasks.pop(name).returncode)
             if ended:
                 return
             self._live.tick(states)

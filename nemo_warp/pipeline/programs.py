@@ -115,7 +115,9 @@ def stop_signal(stage: Stage) -> signal.Signals:
 
 def prepare(recipe: Recipe, stage: Stage) -> None:
     """Clear what an attempt that was killed left half-built (never what is published)."""
-    shutil.rmtree(recipe.paths.stage(stage.name).building, ignore_errors=True)
+    paths = recipe.paths.stage(stage.name)
+    for leftover in (paths.building, paths.report):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def publish(recipe: Recipe, stage: Stage, request: Request) -> None:

@@ -42,7 +42,7 @@ def measure(recipe: Recipe, state: StageState) -> Progress:
     if not paths.directory.is_dir():
         return Progress(total=_total(recipe, stage))
     records = _tail(paths.metrics if stage.kind == MEMBER else paths.points)
-    step = _step(stage, records, paths.points)
+    step = _step(stage, records)
     measured = [r for r in records if r.get("kind", "eval") == "eval" and "reward" in r][-1:]
     values = measured[0] if measured else {}
     tries = attempts.list_attempts(paths)
@@ -58,16 +58,20 @@ def measure(recipe: Recipe, state: StageState) -> Progress:
 def _total(recipe: Recipe, stage: Stage) -> int | None:
     if stage.kind == MEMBER:
         return recipe.total_steps(stage.iteration)
-    section, key = ("front", "kappas") if stage.kind == FRONT else ("evaluation", "etas")
-    return len(recipe.values[section][key]) if stage.kind in (EVALUATION, FRONT) else None
+    if stage.kind == FRONT:
+        return len(recipe.values["front"]["kappas"])
+    if stage.kind != EVALUATION:
+        return None
+    from_sft = stage.iteration == 1 and recipe.values["init"] == recipe.values["sft"]
+    lines = 2 if recipe.evaluation_config()["towards_sft"] and not from_sft else 1
+    return lines * len(recipe.values["evaluation"]["etas"])
 
 
-def _step(stage: Stage, records: list[dict[str, Any]], points: Path) -> int | None:
+def _step(stage: Stage, records: list[dict[str, Any]]) -> int | None:
     if stage.kind == MEMBER:
         return max((r["step"] for r in records if isinstance(r.get("step"), int)), default=0)
     if stage.kind in (EVALUATION, FRONT):
-        own = "sft" if stage.kind == FRONT else "init"
-        return len({r["eta"] for r in records if r.get("base", own) == own and "eta" in r})
+        return len({(r.get("base"), r["eta"]) for r in records if "eta" in r})
     return None
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import DictConfig
 
 from nemo_warp.config import (
     CONF_DIRECTORY,
@@ -41,6 +42,10 @@ OPERATIONAL = (
     "estimate",
 )
 """Top-level keys that may change between rounds: they decide no result."""
+
+
+_SHARED_SECTIONS = ("rollout", "algorithm", "reward_client", "evaluation", "trainer", "model")
+"""Sections of a member's configuration that an evaluation has too."""
 
 
 @dataclass(frozen=True)
@@ -104,10 +109,14 @@ class Recipe:
     @functools.cached_property
     def _evaluation_config(self) -> dict[str, Any]:
         """conf/evaluation.yaml with the recipe's settings; sections a member has are its."""
-        known = to_plain(load_config(CONF_DIRECTORY / "evaluation.yaml"), resolve=False)
         member = self._resolved_member(1, 1)
-        shared = {key: member[key] for key in known if key in member}
-        shared |= {"sft": self.values["sft"], "rewards": self.reward_entries()}
+        prompts = {key: member["prompts"][key] for key in ("heldout", "key", "max_tokens")}
+        shared = {key: member[key] for key in _SHARED_SECTIONS} | {
+            "prompts": prompts,
+            "sft": self.values["sft"],
+            "run_id": self.name,
+            "rewards": self.reward_entries(),
+        }
         settings = Overrides(self.values["evaluation"]["settings"], "section evaluation.settings")
         config = load_config(CONF_DIRECTORY / "evaluation.yaml", shared, settings)
         return to_plain(config, resolve=False)
@@ -166,7 +175,7 @@ def load_recipe(source: Path, overrides: Sequence[str] = (), files_here: bool = 
         raise ValueError(f"no recipe {file}; give a recipe file or a directory with a recipe.yaml")
     config = load_config(CONF_DIRECTORY / "recipe.yaml", file, list(overrides))
     require_complete(config)
-    values = to_plain(config)
+    values = _resolve(config)
     values["member"] = _member_section(values["member"], f"section member of {file}")
     _make_absolute(values)
     if values["run_directory"] is None:  # a run directory's own recipe: it may have been moved
@@ -199,6 +208,15 @@ def open_run(recipe: Recipe) -> None:
     text = yaml.safe_dump({**recipe.values, "run_directory": None}, sort_keys=False)
     if not stored.exists() or stored.read_text() != text:
         write_text_atomically(stored, text)
+
+
+def _resolve(config: DictConfig) -> dict[str, Any]:
+    """Plain values; interpolations in the members' sections are left for the members' own keys."""
+    kept = ("member", "per_iteration", "per_member")
+    unresolved = to_plain(config, resolve=False)
+    for key in kept:
+        config[key] = {} if key == "member" else []
+    return {**to_plain(config), **{key: unresolved[key] for key in kept}}
 
 
 def _inputs(recipe: Recipe) -> dict[str, Path]:
@@ -253,7 +271,13 @@ def _refuse_changed_inputs(recipe: Recipe) -> None:
 
 def _member_section(values: dict[str, Any], source: str) -> dict[str, Any]:
     config = load_config(CONF_DIRECTORY / "member.yaml", Overrides(values, source))
-    return to_plain(config, resolve=False)
+    return _without_mandatory(to_plain(config, resolve=False))
+
+
+def _without_mandatory(section: dict[str, Any]) -> dict[str, Any]:
+    """Without the ``???`` that are filled in for each member."""
+    nested = {k: _without_mandatory(v) if isinstance(v, dict) else v for k, v in section.items()}
+    return {key: value for key, value in nested.items() if value != "???"}
 
 
 @functools.cache

@@ -9,16 +9,22 @@ again.
 from __future__ import annotations
 
 import itertools
+import os
 import shlex
 from collections.abc import Callable, Iterator
 
 from nemo_warp import exit_codes
 from nemo_warp.pipeline import locks, slurm
+from nemo_warp.pipeline.attempts import checkpoint_step, list_attempts
 from nemo_warp.pipeline.plan import FINAL, FRONT, REPORT, Stage, merge_name
 from nemo_warp.pipeline.recipe import Recipe
 from nemo_warp.pipeline.state import QueuedJob, StageState, Status, exit_code, inspect
+from nemo_warp.records import config_hash
 
 _LOCK_WAIT_S = 120.0
+_MAX_IDLE_ROUNDS = 2
+_MARK_VARIABLE = "NEMO_WARP_LAST_ROUND"
+"""From a driver job to the next: jobs that die before they begin must not go on for ever."""
 
 Submit = Callable[[list[str]], str]
 
@@ -53,11 +59,26 @@ def _run_round(recipe: Recipe, say: Callable[[str], None]) -> int:
         say(f"{job}: {shlex.join(words)}")
         return job
 
+    mark, idle = _mark(recipe, states), 0
+    before, _, count = os.environ.get(_MARK_VARIABLE, "").partition(":")
+    if before == mark and not queue:
+        idle = int(count) + 1
+    if idle >= _MAX_IDLE_ROUNDS:
+        say(f"{idle} rounds in which no stage began: see {recipe.paths.slurm_logs}")
+        return exit_codes.FAILED
+    os.environ[_MARK_VARIABLE] = f"{mark}:{idle}"
     recipe.paths.slurm_logs.mkdir(exist_ok=True)
     jobs = submit_missing(recipe, states, submit)
     if jobs and slurm.DRIVER not in queue:
         submit(slurm.sbatch_driver(recipe, driver_waits_for(recipe, jobs)))
     return exit_codes.IN_PROGRESS if jobs else exit_codes.FAILED
+
+
+def _mark(recipe: Recipe, states: dict[str, StageState]) -> str:
+    """Changes whenever a stage was done, began, or got further."""
+    stages = [recipe.paths.stage(name) for name in states]
+    facts = [(len(list_attempts(p)), checkpoint_step(p), p.completion.exists()) for p in stages]
+    return config_hash({"facts": facts})[:16]
 
 
 def submit_missing(recipe: Recipe, states: dict[str, StageState], submit: Submit) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TextIO
 
 from nemo_warp.pipeline.attempts import describe, list_attempts
@@ -99,12 +100,15 @@ class Live:
                 self._say(self._sentence(state))
 
     def ended(self, name: str, code: int) -> None:
-        """A task ended; say so if it did not end well."""
-        if code == 0:
-            return
+        """An attempt did not end well."""
         tries = list_attempts(self._recipe.paths.stage(name))
         how = describe(tries[-1]) if tries else f"exit code {code}"
         self._say(f"{name}: {how}")
+
+    def refused(self, name: str, log: Path) -> None:
+        """A task did not even begin."""
+        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+        self._say(f"{name} cannot start: {lines[-1] if lines else 'no output'} (see {log})")
 
     def _sentence(self, state: StageState) -> str:
         done = measure(self._recipe, state)

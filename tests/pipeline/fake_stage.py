@@ -1,0 +1,138 @@
+"""A stage program for fault injection: real files and records, no training.
+
+    fake_stage.py KIND DIRECTORY RUN [rewards.N.endpoint=...]
+
+What it writes is a function of the stage's configuration and of the contents it reads. Faults are
+files ``RUN/faults/<stage name with dots>``: a line per attempt, each ``KIND@STEP`` with KIND one of
+``exit-N``, ``kill``, ``kill-supervisor``, ``silent`` (exit code 0 without a record), ``hang``.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from nemo_warp.records import Completion, hash_file, write_completion
+
+STEP_S = float(os.environ.get("FAKE_STEP_S", "0.02"))
+stop = False
+
+
+def ask_to_stop(*_):
+    global stop
+    stop = True
+
+
+def digest(*parts) -> str:
+    return hashlib.sha256("|".join(map(str, parts)).encode()).hexdigest()
+
+
+def fault(run: Path, directory: Path) -> tuple[str, int]:
+    name = str(directory.relative_to(run)).replace("/", ".")
+    path = run / "faults" / name
+    lines = path.read_text().split() if path.exists() else []
+    attempt = len(list((directory / "attempts").iterdir()))
+    if attempt > len(lines) or lines[attempt - 1] == "none":
+        return "", -1
+    kind, _, step = lines[attempt - 1].partition("@")
+    return kind, int(step or 0)
+
+
+def suffer(kind: str) -> None:
+    if kind.startswith("exit-"):
+        print(f"error: made to exit with {kind}", flush=True)
+        sys.exit(int(kind.removeprefix("exit-")))
+    if kind == "silent":
+        sys.exit(0)
+    if kind == "kill-supervisor":
+        os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(60)
+    if kind == "hang":
+        while True:
+            time.sleep(1)
+    if kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def newest(directory: Path) -> int:
+    found = [int(p.name[5:]) for p in (directory / "checkpoints").glob("step_????????")]
+    return max(found, default=0)
+
+
+def member(directory: Path, run: Path, config: dict) -> int:
+    signal.signal(signal.SIGUSR1, ask_to_stop)
+    signal.signal(signal.SIGTERM, ask_to_stop)
+    steps, seed = config["run"]["total_steps"], config["run"]["seed"]
+    kind, at = fault(run, directory)
+    for step in range(newest(directory) + 1, steps + 1):
+        time.sleep(STEP_S)
+        if kind and step > at:
+            suffer(kind)
+        with (directory / "metrics.jsonl").open("a") as stream:
+            record = {"step": step, "kind": "eval", "reward": step / steps, "kl_to_sft": step / 10}
+            stream.write(json.dumps(record) + "\n")
+        if step % config["run"]["save_interval"] == 0 or stop:
+            (directory / "checkpoints" / f"step_{step:08d}").mkdir(parents=True, exist_ok=True)
+        if stop and step < steps:
+            return 85
+    init = Path(config["init"]).read_text()
+    (directory / "policy.nemo").write_text(digest("member", init, seed, steps))
+    details = {"step": steps, "total_steps": steps, "seed": seed,
+               "prompt_order_hash": digest("order", seed)}  # fmt: skip
+    complete(directory, ["policy.nemo"], "member", details)
+    return 0
+
+
+def merge(directory: Path, run: Path, config: dict) -> int:
+    kind, _ = fault(run, directory)
+    inputs = json.loads((directory / "stage.json").read_text())["inputs"]
+    outputs = ["policy.nemo"] if directory.name == "final" else ["slerp.nemo", "init.nemo"]
+    for number, name in enumerate(outputs):
+        (directory / "building").mkdir(exist_ok=True)
+        (directory / "building" / name).write_text(digest(name, sorted(inputs.items())))
+        if kind and number == 0:
+            suffer(kind)
+        time.sleep(STEP_S)
+        (directory / "building" / name).rename(directory / name)
+    return 0
+
+
+def evaluation(directory: Path, run: Path, config: dict) -> int:
+    kind, at = fault(run, directory)
+    path = directory / "points.jsonl"
+    done = len(path.read_text().splitlines()) if path.exists() else 0
+    for number, eta in enumerate(config["etas"][done:], start=done):
+        if kind and number >= at:
+            suffer(kind)
+        time.sleep(STEP_S)
+        with path.open("a") as stream:
+            point = {"base": "init", "eta": eta, "reward": eta, "kl_to_sft": 10 * eta}
+            stream.write(json.dumps(point) + "\n")
+    complete(directory, ["points.jsonl"], "evaluation", {})
+    return 0
+
+
+def report(directory: Path, run: Path, config: dict) -> int:
+    inputs = json.loads((directory / "stage.json").read_text())["inputs"]
+    for name in ("curves.png", "table.md"):
+        (directory / name).write_text(digest(name, sorted(inputs.items())))
+    return 0
+
+
+def complete(directory: Path, names: list[str], kind: str, details: dict) -> None:
+    config_hash = json.loads((directory / "stage.json").read_text())["config_hash"]
+    files = {name: hash_file(directory / name) for name in names}
+    write_completion(directory, Completion(kind, config_hash, files, details, "fake"))
+
+
+if __name__ == "__main__":
+    directory, run = Path(sys.argv[2]), Path(sys.argv[3])
+    config = yaml.safe_load((directory / "config.yaml").read_text())
+    kinds = {"member": member, "merge": merge, "evaluation": evaluation, "report": report}
+    sys.exit(kinds[sys.argv[1]](directory, run, config))
