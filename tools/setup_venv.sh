@@ -32,7 +32,8 @@ same_python() {
 
 same_python || make_venv
 rm -f "$venv"/.ready-*
-pip=("$venv/bin/python" -m pip --disable-pip-version-check)
+# not compiled: Python compiles what it imports, and that is a small part
+install=("$venv/bin/python" -m pip --disable-pip-version-check install --no-compile)
 
 # 1. torch, which has an index of its own
 torch=$(grep '^torch==' $lock)
@@ -43,16 +44,16 @@ cpu_index=()
 if [[ -n ${TORCH_INDEX_URL-} ]]; then
     cpu_index=(--extra-index-url "$TORCH_INDEX_URL")
 fi
-"${pip[@]}" install --no-deps --retries 1 "${cpu_index[@]}" "$torch"
+"${install[@]}" --no-deps --retries 1 "${cpu_index[@]}" "$torch"
 
 # 2. everything else, without dependency resolution: NeMo's own pins contradict each other
-"${pip[@]}" install --no-deps -r $lock
+"${install[@]}" --no-deps -r $lock
 
 # 3. PyPI's torch cannot be imported without CUDA libraries, which the lock leaves out
 if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
     echo "torch needs its CUDA libraries (about 3 GB): installing them"
-    "${pip[@]}" install --upgrade-strategy only-if-needed "$torch"
+    "${install[@]}" --upgrade-strategy only-if-needed "$torch"
 fi
 
 # 4. this package
-"${pip[@]}" install --no-deps -e .
+"${install[@]}" --no-deps -e .

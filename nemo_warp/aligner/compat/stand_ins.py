@@ -188,12 +188,12 @@ def local_layer_spec(spec_name: str, transformer_config: Any = None, *_: Any, **
 
 def _adapt_checkpoint_writer(replacements: Replacements) -> None:
     """Megatron-core 0.11 calls torch's private ``_write_item`` as it was up to torch 2.6."""
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from torch.distributed.checkpoint import filesystem
 
     parameters = list(inspect.signature(filesystem._write_item).parameters)
     if parameters[:1] != ["transforms"]:
         return
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     def write_item(stream: Any, data: Any, item: Any, storage_key: str) -> Any:
         return filesystem._write_item(
