@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from nemo.utils import logging
 from nemo_aligner.algorithms.reinforce import ReinforceTrainer
-from nemo_aligner.utils.distributed import ScopedTimer
 from nemo_aligner.utils.utils import clear_memory
 from torch import Tensor
 from tqdm import tqdm
@@ -29,6 +28,7 @@ from nemo_warp.aligner.prompts import Prompt
 from nemo_warp.aligner.rewards import RewardSource
 from nemo_warp.aligner.rollouts import Rollouts, gather_rows, generate, local_rows
 from nemo_warp.aligner.stopping import StopRequest
+from nemo_warp.aligner.timings import Timings
 from nemo_warp.aligner.weights import ShardedWeights
 from nemo_warp.core.reinforce import compute_advantages, sequence_kl, token_weights
 from nemo_warp.core.seeds import prompt_indices
@@ -103,7 +103,7 @@ class WarpReinforceTrainer(ReinforceTrainer):
         self.reinforce_optimization_step = step
         self.budget = RewardClientSettings.from_config(config.reward_client).failure_budget()
         self.checkpoints = Path(config.run.directory) / "checkpoints"
-        self.timer = ScopedTimer(reduction="mean", sync_cuda=True, buffer_size=1)
+        self.timings = Timings()
 
     def fit(self) -> Outcome:
         """Train to step T, or until told to stop; returns how it ended. Collective."""
@@ -152,14 +152,14 @@ class WarpReinforceTrainer(ReinforceTrainer):
             FloatingPointError: a gradient was not finite; the weights are no longer to be used.
         """
         clear_memory()
-        with self.timer("rollout_time"):
+        with self.timings.measure("rollout"):
             rollouts = self.generate_rollouts()
         self.budget.record(
             rollouts.failed.tolist(), self.rewards.take_reasons(rollouts.failed.tolist())
         )
-        with self.timer("log_prob_time"):
+        with self.timings.measure("log_prob"):
             batch = self.prepare_batch(rollouts)
-        with self.timer("train_time"):
+        with self.timings.measure("train"):
             _, metrics = self.run_training(self.optimizer_batches(batch.data))
         return batch.metrics | metrics
 
@@ -237,7 +237,7 @@ class WarpReinforceTrainer(ReinforceTrainer):
                     f"the last good state is the newest of {self.checkpoints}"
                 )
             if self.anchor is not None:
-                with self.timer("ema_update_time"):
+                with self.timings.measure("ema_update"):
                     self.anchor.update_()
             self.step += 1
         return loss, metrics
@@ -246,7 +246,7 @@ class WarpReinforceTrainer(ReinforceTrainer):
         """Write a training checkpoint of this step boundary. Collective."""
         self.model.prepare_for_training()
         state = {"step": self.step, "evaluated": self.evaluated}
-        with self.timer("save_time"):
+        with self.timings.measure("save"):
             training_checkpoint.save(
                 self.checkpoints, self.model, self.anchor, state, self.config.run.keep_checkpoints
             )
@@ -272,7 +272,7 @@ class WarpReinforceTrainer(ReinforceTrainer):
         rows = local_rows(len(rollouts.tokens))
         self.model.prepare_for_inference()
         log_probs = self.model.get_inference_log_probs(rollouts.tokens[rows])
-        with self.timer("anchor_log_prob_time"), self.reference.in_place():
+        with self.timings.measure("anchor_log_prob"), self.reference.in_place():
             anchor_log_probs = self.model.get_inference_log_probs(rollouts.tokens[rows])
         self.model.finish_inference()
         algorithm = self.config.algorithm
@@ -295,7 +295,7 @@ class WarpReinforceTrainer(ReinforceTrainer):
         return self.step % interval == 0 or self.step == self.config.run.total_steps
 
     def _evaluate(self) -> dict[str, Any]:
-        with self.timer("evaluation_time"):
+        with self.timings.measure("evaluation"):
             values = self.evaluator.evaluate(self.reference)
         if self.anchor is not None and self.anchor.flat is not None:
             values["anchor_flat"] = self.anchor.flat
@@ -314,7 +314,7 @@ class WarpReinforceTrainer(ReinforceTrainer):
 
     def _report(self, metrics: dict[str, float], bar: tqdm) -> None:
         self.log.write("train", self.step, metrics)
-        self.log.write("timing", self.step, self.timer.consume_durations())
+        self.log.write("timing", self.step, self.timings.take())
         bar.set_postfix(
             reward=f"{metrics['reward']:.3f}", kl=f"{metrics.get('kl_to_anchor', 0):.2f}"
         )
