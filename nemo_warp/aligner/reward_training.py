@@ -18,12 +18,38 @@ from nemo_aligner.utils.train_script_utils import (
     init_using_ptl,
 )
 from nemo_aligner.utils.utils import load_and_override_model_config, load_from_nemo
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_warp.config import to_plain
 from nemo_warp.records import code_version, config_hash, hash_file, write_json_atomically
 
 _MIN_LR_SHARE = 0.1
+
+
+class RewardModelInTraining(MegatronGPTRewardModel):
+    """NeMo-Aligner's model, able to start from a language model with tied embeddings too.
+
+    Upstream builds an output layer of its own (megatron_gpt_reward_model.py:97), which no forward
+    pass uses, and fails to find it in such a checkpoint. Saved as upstream's class.
+    """
+
+    def __init__(self, cfg: DictConfig, trainer: Any):
+        with open_dict(cfg):
+            cfg.target = f"{MegatronGPTRewardModel.__module__}.{MegatronGPTRewardModel.__name__}"
+        self._base_is_loaded = False
+        super().__init__(cfg, trainer)
+
+    def sharded_state_dict(self, prefix: str = "") -> dict[str, Any]:
+        """Upstream's; without the output layer while a base that has none is loaded."""
+        state = super().sharded_state_dict(prefix)
+        if self._base_is_loaded or not self.cfg.get("share_embeddings_and_output_weights", False):
+            return state
+        return {key: v for key, v in state.items() if not key.endswith("output_layer.weight")}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Upstream's; the base model's weights are now in place."""
+        super().on_load_checkpoint(checkpoint)
+        self._base_is_loaded = True
 
 
 def train_reward_model(config: Any) -> dict[str, Any]:
@@ -37,7 +63,7 @@ def train_reward_model(config: Any) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     trainer = MegatronTrainerBuilder(tree).create_trainer()
     model = load_from_nemo(
-        MegatronGPTRewardModel,
+        RewardModelInTraining,
         tree.model,
         trainer,
         strict=True,
