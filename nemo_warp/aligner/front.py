@@ -71,19 +71,12 @@ def _policy_config(config: DictConfig) -> DictConfig:
 
 
 def _record(path: Path, point: dict[str, Any]) -> None:
-    """Append a point durably. A line that a killed run left unfinished is ended first."""
+    """Append a point durably, in place of a line that a killed run left unfinished."""
     with path.open("a+b") as stream:
-        if stream.tell() and not _ends_line(path):
-            stream.write(b"\n")
+        stream.truncate(path.read_bytes().rfind(b"\n") + 1)
         stream.write(json.dumps(point, sort_keys=True).encode() + b"\n")
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def _ends_line(path: Path) -> bool:
-    with path.open("rb") as stream:
-        stream.seek(-1, os.SEEK_END)
-        return stream.read(1) == b"\n"
 
 
 def _complete(config: DictConfig, path: Path) -> None:

@@ -7,6 +7,7 @@ rewards and baselines on the global batch, one optimizer step, one EMA update of
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from dataclasses import dataclass
@@ -108,6 +109,10 @@ class WarpReinforceTrainer(ReinforceTrainer):
     def fit(self) -> Outcome:
         """Train to step T, or until told to stop; returns how it ended. Collective."""
         run = self.config.run
+        # The garbage collections of every step need not look at what set-up made and NeMo's
+        # modules: 0.3 to 0.6 s a step, half the time of a tiny one.
+        gc.collect()
+        gc.freeze()
         bar = tqdm(
             total=run.total_steps,
             initial=self.step,
