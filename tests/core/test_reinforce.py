@@ -1,0 +1,135 @@
+"""Golden values worked out by hand, and upstream's functions failing the same checks."""
+
+import math
+
+import pytest
+import torch
+
+from nemo_warp.core.reinforce import (
+    Advantages,
+    compute_advantages,
+    response_mask,
+    sequence_kl,
+    token_weights,
+)
+
+LOG_PROBS = torch.tensor([[-1.0, -2.0, -0.5, -9.0]])
+ANCHOR = torch.tensor([[-1.5, -1.0, -0.75, -1.0]])
+MASK = torch.tensor([[1.0, 1.0, 1.0, 0.0]])
+
+
+def test_kl_is_the_signed_sum_over_the_response():
+    """(-1 + 1.5) + (-2 + 1) + (-0.5 + 0.75) = -0.25; the fourth token is padding."""
+    assert sequence_kl(LOG_PROBS, ANCHOR, MASK, "log_ratio", "sum").item() == -0.25
+
+
+@pytest.mark.nemo
+def test_kl_of_upstream_is_another_number(nemo):
+    from nemo_aligner.utils.ppo_utils import calculate_kl_penalty
+    from nemo_aligner.utils.utils import masked_mean
+
+    upstream = masked_mean(calculate_kl_penalty(LOG_PROBS, ANCHOR), MASK, dim=-1)
+    assert upstream.item() == pytest.approx((0.5 + 1 + 0.25) / 3)
+    ours = sequence_kl(LOG_PROBS, ANCHOR, MASK, "absolute", "mean")
+    assert ours.item() == pytest.approx(upstream.item())
+
+
+@pytest.mark.parametrize(
+    ("estimator", "expected"),
+    [
+        ("absolute", 0.5 + 1 + 0.25),
+        ("squared", (0.25 + 1 + 0.0625) / 2),
+        ("exponential", sum(math.exp(-d) - 1 + d for d in (0.5, -1.0, 0.25))),
+    ],
+)
+def test_other_estimators(estimator, expected):
+    found = sequence_kl(LOG_PROBS, ANCHOR, MASK, estimator, "sum").item()
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_kl_ignores_infinities_outside_the_response():
+    log_probs = LOG_PROBS.clone()
+    log_probs[0, 3] = -math.inf
+    assert sequence_kl(log_probs, ANCHOR, MASK, "log_ratio", "sum").item() == -0.25
+
+
+def test_mask_covers_the_response_and_its_end():
+    """Prompt of 3, 2 response tokens: tokens 3 and 4 are predicted at positions 2 and 3."""
+    mask = response_mask(torch.tensor([3]), torch.tensor([5]), 5)
+    assert mask.tolist() == [[0, 0, 1, 1, 0]]
+
+
+GROUPS = torch.tensor([0, 0, 0, 1, 1])
+ALL = torch.ones(5, dtype=torch.bool)
+
+
+def test_leave_one_out():
+    rewards = torch.tensor([1.0, 2.0, 6.0, 3.0, 5.0])
+    found = compute_advantages(rewards, GROUPS, ALL, "leave_one_out")
+    assert found.values.tolist() == [1 - 4, 2 - 3.5, 6 - 1.5, -2, 2]
+    assert found.used.all()
+
+
+def test_excluded_samples_leave_baseline_and_gradient():
+    """Without the third sample the first two are each other's baseline, whatever its reward."""
+    rewards = torch.tensor([1.0, 2.0, math.nan, 3.0, 5.0])
+    valid = torch.tensor([True, True, False, True, True])
+    found = compute_advantages(rewards, GROUPS, valid, "leave_one_out")
+    assert found.values.tolist() == [-1, 1, 0, -2, 2]
+    assert found.used.tolist() == [True, True, False, True, True]
+
+
+def test_lone_sample_has_no_baseline_and_no_gradient():
+    valid = torch.tensor([True, False, False, True, True])
+    found = compute_advantages(torch.ones(5), GROUPS, valid, "leave_one_out")
+    assert not found.used[0]
+    assert found.values[0] == 0
+
+
+def test_one_sample_per_prompt_needs_the_batch_mean():
+    """Traps 2 and 3: among equal prompts only, k = 1 gives a zero gradient, silently."""
+    rewards, groups = torch.tensor([1.0, 2.0, 6.0]), torch.arange(3)
+    valid = torch.ones(3, dtype=torch.bool)
+    alone = compute_advantages(rewards, groups, valid, "leave_one_out")
+    assert not alone.used.any()
+    found = compute_advantages(rewards, groups, valid, "batch_mean")
+    assert found.values.tolist() == [1 - 4, 2 - 3.5, 6 - 1.5]
+
+
+@pytest.mark.nemo
+def test_upstream_baseline_is_the_reward_itself_for_one_sample_per_prompt(nemo):
+    from nemo_aligner.utils.ppo_utils import calculate_rloo_baseline
+
+    rewards = torch.tensor([1.0, 2.0, 6.0])
+    baseline = calculate_rloo_baseline(torch.arange(3)[:, None], rewards, torch.ones(3))
+    assert torch.equal(baseline, rewards)
+
+
+@pytest.mark.nemo
+def test_upstream_baseline_of_an_excluded_sample_divides_by_one_less(nemo):
+    """Of [1, 2 | 6 excluded] it gives the excluded one (1 + 2) / 1 = 3; the mean is 1.5."""
+    from nemo_aligner.utils.ppo_utils import calculate_rloo_baseline
+
+    rewards, mask = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([1.0, 1.0, 0.0])
+    baseline = calculate_rloo_baseline(torch.zeros(3, 1), rewards, mask)
+    assert baseline.tolist() == [2, 1, 3]
+    ours = compute_advantages(rewards, torch.zeros(3).long(), mask.bool(), "leave_one_out")
+    assert (rewards - ours.values)[:2].tolist() == [2, 1]
+    assert not ours.used[2]
+
+
+WEIGHT_MASK = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0], [1.0, 1.0, 0.0]])
+ADVANTAGES = Advantages(torch.tensor([3.0, -6.0, 0.0]), torch.tensor([True, True, False]))
+
+
+@pytest.mark.parametrize(
+    ("reduction", "expected"),
+    [
+        ("sequence_sum", [[1, 1, 1], [-2, 0, 0], [0, 0, 0]]),
+        ("sequence_mean", [[1 / 3] * 3, [-2, 0, 0], [0, 0, 0]]),
+        ("token_mean", [[3 / 4] * 3, [-6 / 4, 0, 0], [0, 0, 0]]),
+    ],
+)
+def test_token_weights(reduction, expected):
+    found = token_weights(ADVANTAGES, WEIGHT_MASK, reduction)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float32))
