@@ -56,6 +56,16 @@ class Opaque:
     content: tuple[Any, ...]
 
 
+class Discarded:
+    """A note of the writer (Megatron-core leaves its save plans in ``.metadata``), not kept."""
+
+    def __new__(cls, *_arguments):
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
 _DTYPE_NAMES = (
     *("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"),
     *("int64", "int32", "int16", "int8", "uint8", "bool", "complex64", "complex128"),
@@ -125,11 +135,14 @@ _METADATA_MODULES = {
     ),
     "torch.distributed.checkpoint.filesystem": (filesystem, "_StorageInfo"),
 }
+_PLAN_NAMES = "SavePlan WriteItem WriteItemType TensorWriteData"
 _METADATA_GLOBALS: dict[tuple[str, str], Any] = {
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): _opaque,
     ("collections", "OrderedDict"): _empty_dict,
     ("pathlib", "PosixPath"): _opaque,
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"): Discarded,
+    **{("torch.distributed.checkpoint.planner", name): Discarded for name in _PLAN_NAMES.split()},
     **{("torch", name): dtype for name, dtype in _DTYPES.items()},
     **{
         (module, name): getattr(source, name)

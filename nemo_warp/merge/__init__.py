@@ -12,7 +12,8 @@ from pathlib import Path
 
 from nemo_warp.merge.options import MergeOptions, outputs_of
 from nemo_warp.merge.plan import make_plan
-from nemo_warp.merge.run import MergeResult, open_inputs, run
+from nemo_warp.merge.ranks import world_from_environment
+from nemo_warp.merge.run import MergeResult, execute, open_inputs
 
 __all__ = ["MergeOptions", "MergeResult", "merge"]
 
@@ -56,4 +57,9 @@ def merge(
         **options,
     )
     plan = make_plan(chosen, open_inputs(chosen), chosen.vocab_size)
-    return None if dry_run else run(chosen, plan)
+    if dry_run:
+        return None
+    run, result = execute(plan, world_from_environment())
+    if result is not None:
+        run.publish()
+    return result

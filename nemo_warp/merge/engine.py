@@ -7,7 +7,7 @@ last one meanwhile.
 
 from __future__ import annotations
 
-import math
+import hashlib
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -21,8 +21,9 @@ from nemo_warp.checkpoints.logical import LogicalTensor, Patch
 from nemo_warp.checkpoints.reading import FileCache, read_patches, records_of
 from nemo_warp.merge.blocks import Slab, blocks_of, slabs_of
 from nemo_warp.merge.kernel import STOCHASTIC, Scratch, block_rng, round_to
-from nemo_warp.merge.output import Output, Part
+from nemo_warp.merge.output import Output, Part, coalesce
 from nemo_warp.merge.plan import GroupPlan, MergePlan, TensorPlan
+from nemo_warp.merge.results import GroupResult, UnitResult, exact_sum
 
 _ALIGNMENT = 64
 
@@ -99,11 +100,25 @@ class Engine:
             blocks.setdefault(tensor.unit, []).extend(found)
         return {unit: exact_sum(found) for unit, found in blocks.items()}
 
-    def merge(self, group: GroupPlan, coefficients: dict[str, np.ndarray]) -> MergedGroup:
+    def digests(self, group: GroupPlan) -> list[dict[str, str]]:
+        """Per input, tensor name -> SHA-256 of the loaded tensor's true rows in logical order."""
+        indices = range(len(self.plan.inputs))
+        tasks = [(self._digest, tensor, index) for tensor in group.tensors for index in indices]
+        found = iter(self._run(tasks))
+        result: list[dict[str, str]] = [{} for _ in indices]
+        for tensor in group.tensors:
+            for index in indices:
+                result[index][tensor.name] = next(found)
+        return result
+
+    def merge(
+        self, group: GroupPlan, grams: dict[str, np.ndarray], coefficients: dict[str, np.ndarray]
+    ) -> GroupResult:
         """Write the loaded group to all outputs.
 
         Args:
             group: the group last loaded.
+            grams: unit -> Gram matrix, for the record.
             coefficients: unit -> [K + 1, N] over the inputs; the last row is the task vector.
         """
         tasks = [
@@ -116,17 +131,28 @@ class Engine:
             for tensor in group.tensors
             if tensor.true_rows < tensor.target.rows
         ]
-        results = self._run(tasks)
-        merged = MergedGroup(len(self.outputs))
-        for (_, tensor, *_rest), (parts, projections, changed) in zip(tasks, results, strict=True):
-            merged.add(tensor.unit, parts, projections, changed)
-        for parts in self._run(padding):
-            merged.add_parts(parts)
-        return merged
+        units: dict[str, UnitResult] = {}
+        parts: list[list[Part]] = [[] for _ in self.outputs]
+        for task, (written, *measured) in zip(tasks, self._run(tasks), strict=True):
+            tensor, slab = task[1:3]
+            size = (slab.last - slab.first) * tensor.target.cols
+            share = UnitResult(grams[tensor.unit], coefficients[tensor.unit], *measured, size)
+            if tensor.unit in units:
+                units[tensor.unit].add(share)
+            else:
+                units[tensor.unit] = share
+            _extend(parts, written)
+        for written in self._run(padding):
+            _extend(parts, written)
+        return GroupResult(group.name, units, [coalesce(known) for known in parts])
 
     def _read(self, source: LogicalTensor, record, patches, target, size) -> None:
         read_patches(self.files, source, record, patches, target)
         self.progress(size)
+
+    def _digest(self, tensor: TensorPlan, index: int) -> str:
+        true = self._buffers[tensor.name][index][: tensor.true_rows * tensor.target.cols]
+        return hashlib.sha256(true.view(torch.uint8).numpy()).hexdigest()
 
     def _views(self, tensor: TensorPlan, slab: Slab) -> list[torch.Tensor]:
         cols = tensor.target.cols
@@ -158,7 +184,7 @@ class Engine:
             scratch.merge([view[start:stop] for view in views], coefficients)
             pieces = [values[start:stop] for values in rounded]
             self._round(tensor, slab.first * cols + start, scratch, pieces)
-            projected, differing = scratch.measure(pieces)
+            projected, differing = scratch.measure(views[0][start:stop], pieces)
             projections += projected
             changed += differing
         return self._write(tensor, slab, rounded), projections, changed
@@ -203,30 +229,9 @@ class Engine:
         return [future.result() for future in futures]
 
 
-class MergedGroup:
-    """What writing a group left behind, per output: parts written and statistics per unit."""
-
-    def __init__(self, num_outputs: int):
-        self.parts: list[list[Part]] = [[] for _ in range(num_outputs)]
-        self.projections: dict[str, np.ndarray] = {}
-        self.changed: dict[str, np.ndarray] = {}
-
-    def add_parts(self, parts: list[list[Part]]) -> None:
-        """Add one slab's parts, a list per output."""
-        for known, new in zip(self.parts, parts, strict=True):
-            known.extend(new)
-
-    def add(self, unit: str, parts: list[list[Part]], projections, changed) -> None:
-        """Add one slab's parts and [K] statistics."""
-        self.add_parts(parts)
-        self.projections[unit] = self.projections.get(unit, 0.0) + projections
-        self.changed[unit] = self.changed.get(unit, 0) + changed
-
-
-def exact_sum(matrices: list[np.ndarray]) -> np.ndarray:
-    """Element-wise sum of equally shaped float64 matrices, rounded once: independent of order."""
-    columns = np.stack(matrices).reshape(len(matrices), -1).T
-    return np.array([math.fsum(column) for column in columns]).reshape(matrices[0].shape)
+def _extend(parts: list[list[Part]], new: list[list[Part]]) -> None:
+    for known, added in zip(parts, new, strict=True):
+        known.extend(added)
 
 
 def _write_patch(output: Output, patch: Patch, slab: Slab, rows: torch.Tensor) -> Part | None:

@@ -1,6 +1,6 @@
 """The arithmetic on one block: Gram matrices and merged values, in float64, rounded once.
 
-Each worker thread owns one `Scratch`. Operations are two small matrix products on arrays of fixed
+Each worker thread owns one `Scratch`. Operations are small matrix products on arrays of fixed
 shape and alignment, so equal inputs give equal bits on a given machine.
 """
 
@@ -14,6 +14,7 @@ import torch
 from nemo_warp.merge.blocks import BLOCK
 
 STOCHASTIC = "stochastic"
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Scratch:
@@ -29,7 +30,7 @@ class Scratch:
         self.outputs = torch.zeros(num_outputs + 1, BLOCK, dtype=torch.float64)
         self._gram = torch.zeros(num_inputs, num_inputs, dtype=torch.float64)
         self._projections = torch.zeros(num_outputs, dtype=torch.float64)
-        self._same = np.zeros(BLOCK, dtype=bool)
+        self._differs = np.zeros(BLOCK, dtype=bool)
 
     def load(self, sources: list[torch.Tensor]) -> int:
         """Convert 1-d ``sources``, one per model, into the scratch; returns their length."""
@@ -47,33 +48,42 @@ class Scratch:
         torch.mm(self.inputs, self.inputs.t(), out=self._gram)
         return self._gram.numpy().copy()
 
-    def merge(self, sources: list[torch.Tensor], coefficients: torch.Tensor) -> int:
-        """Fill ``outputs`` with the linear combinations of one block; returns its length.
+    def merge(self, sources: list[torch.Tensor], coefficients: torch.Tensor) -> None:
+        """Fill ``outputs`` with the linear combinations of one block.
 
         Args:
             sources: one 1-d tensor per model.
             coefficients: [K + 1, N] float64; the last row is the merged task vector.
         """
-        length = self.load(sources)
+        self.load(sources)
         torch.mm(coefficients, self.inputs, out=self.outputs)
-        return length
 
-    def measure(self, rounded: list[torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
-        """Statistics of the rounded outputs of the block last merged.
+    def measure(self, init: torch.Tensor, rounded: list[torch.Tensor]) -> tuple[np.ndarray, list]:
+        """Statistics of the rounded outputs of the block last merged; overwrites ``outputs``.
+
+        Args:
+            init: the block of theta_init as stored.
+            rounded: the block of every output as stored.
 
         Returns:
-            [K] inner products of (rounded output - theta_init) with the merged task vector, and
-            [K] counts of elements that differ from theta_init.
+            [K] inner products of the rounded outputs with the merged task vector, and [K] counts
+            of elements that differ from theta_init.
         """
-        length = rounded[0].numel()
-        init, changed = self.inputs[0, :length].numpy(), []
+        length, changed = init.numel(), []
         for row, values in zip(self.outputs, rounded, strict=False):
             row[:length].copy_(values)
-            same = np.equal(row[:length].numpy(), init, out=self._same[:length])
-            changed.append(length - np.count_nonzero(same))
-        self.outputs[:-1] -= self.inputs[0]
+            changed.append(self._count_changed(init, values, row[:length]))
         torch.mv(self.outputs[:-1], self.outputs[-1], out=self._projections)
-        return self._projections.numpy().copy(), np.array(changed)
+        return self._projections.numpy().copy(), changed
+
+    def _count_changed(self, init: torch.Tensor, values: torch.Tensor, exact: torch.Tensor) -> int:
+        differs = self._differs[: init.numel()]
+        if values.dtype == init.dtype:  # comparing bits is several times faster
+            bits = _BITS[init.element_size()]
+            np.not_equal(values.view(bits).numpy(), init.view(bits).numpy(), out=differs)
+        else:
+            np.not_equal(exact.numpy(), self.inputs[0, : init.numel()].numpy(), out=differs)
+        return int(np.count_nonzero(differs))
 
 
 def round_to(target: torch.Tensor, values: torch.Tensor, rng: np.random.Generator | None) -> None:
@@ -87,9 +97,8 @@ def round_to(target: torch.Tensor, values: torch.Tensor, rng: np.random.Generato
         return
     bits = values.to(torch.float32).numpy().view(np.uint32)
     noise = rng.integers(0, 1 << 16, size=bits.shape, dtype=np.uint32)
-    target.view(torch.int16).copy_(
-        torch.from_numpy(((bits + noise) >> 16).astype(np.uint16).view(np.int16))
-    )
+    upper = ((bits + noise) >> 16).astype(np.uint16).view(np.int16)
+    target.view(torch.int16).copy_(torch.from_numpy(upper))
 
 
 def block_rng(seed: int, name: str, eta: float, start: int) -> np.random.Generator:

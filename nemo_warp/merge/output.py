@@ -7,11 +7,12 @@ follow, everything is fsynced, and one rename publishes it.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import tarfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nemo_warp.checkpoints.archive import read_record
@@ -22,6 +23,7 @@ from nemo_warp.merge.crc import combine
 from nemo_warp.records import fsync_directory
 
 _COPY_BYTES = 1 << 22
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _TAR_RECORD = tarfile.RECORDSIZE
 
 
@@ -106,6 +108,20 @@ class Output:
         self._pwrite(name, data, record.offset + start)
         return Part(name, record.offset, start, len(data), zlib.crc32(data))
 
+    def missing_bytes(self) -> int:
+        """Bytes of disk space the output still needs."""
+        total = self._tar_end if self.is_tar else sum(file.size for file in self.image.files)
+        present = [path for path in self.folder.rglob("*") if path.is_file()]
+        return max(0, total - sum(512 * path.stat().st_blocks for path in present))
+
+    def holds(self, part: Part) -> bool:
+        """Whether these bytes are on disk, by their CRC-32."""
+        crc, start, end = 0, part.offset + part.start, part.offset + part.start + part.size
+        for offset in range(start, end, _COPY_BYTES):
+            size = min(_COPY_BYTES, end - offset)
+            crc = zlib.crc32(self._pread(part.file, size, offset), crc)
+        return crc == part.crc32
+
     def sync(self) -> None:
         """Make everything written so far durable."""
         for descriptor in set(self._descriptors.values()):
@@ -139,23 +155,24 @@ class Output:
         end += -end % tarfile.BLOCKSIZE + 2 * tarfile.BLOCKSIZE
         os.ftruncate(self._tar, end + -end % _TAR_RECORD)
 
-    def publish(self, overwrite: bool) -> None:
-        """Give the sealed output its final name; the old one, if any, is gone afterwards."""
-        if self.final.exists() and overwrite:
-            old = self.folder / "replaced"
-            if self.final.is_dir() or self.content.is_dir():
-                self.final.rename(old)
-            self.content.rename(self.final)
+    def publish(self) -> None:
+        """Give the sealed output its final name in one step; what had the name moves here."""
+        if self.final.is_dir() or (self.final.exists() and self.content.is_dir()):
+            exchange(self.content, self.final)
         else:
-            self.content.rename(self.final)
+            self.content.replace(self.final)
         fsync_directory(self.final.parent)
-        shutil.rmtree(self.folder)
 
     def close(self) -> None:
         """Close all files."""
         for descriptor in set(self._descriptors.values()):
             os.close(descriptor)
         self._descriptors.clear()
+
+    def clear(self) -> None:
+        """Remove what another merge left in the hidden folder."""
+        for path in self.folder.glob("*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def discard(self) -> None:
         """Remove everything that was written."""
@@ -174,6 +191,9 @@ class Output:
             self._descriptors[key] = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         return self._descriptors[key]
 
+    def _pread(self, name: str, size: int, offset: int) -> bytes:
+        return os.pread(self._descriptor(name), size, offset + self._bases.get(name, 0))
+
     def _pwrite(self, name: str, data: bytes | memoryview, offset: int) -> None:
         descriptor, offset = self._descriptor(name), offset + self._bases.get(name, 0)
         view = memoryview(data)
@@ -182,13 +202,33 @@ class Output:
             view, offset = view[written:], offset + written
 
 
-def combine_parts(parts: list[Part]) -> dict[tuple[str, int], int]:
-    """(file, offset) -> CRC-32 of each whole record, from parts that cover it in any order."""
-    crcs: dict[tuple[str, int], int] = {}
+def exchange(first: Path, second: Path) -> None:
+    """Swap two paths atomically (Linux renameat2), so that no moment lacks either."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    paths = os.fsencode(first), os.fsencode(second)
+    if libc.renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"cannot replace {second} ({os.strerror(code)}); remove it first")
+
+
+def coalesce(parts: list[Part]) -> list[Part]:
+    """The same bytes in as few parts as possible, sorted: neighbours become one."""
+    joined: list[Part] = []
     for part in sorted(parts, key=lambda p: (p.file, p.offset, p.start)):
-        key = part.file, part.offset
-        crcs[key] = combine(crcs[key], part.crc32, part.size) if key in crcs else part.crc32
-    return crcs
+        last = joined[-1] if joined else None
+        if last and (last.file, last.offset, last.start + last.size) == (
+            *(part.file, part.offset, part.start),
+        ):
+            crc = combine(last.crc32, part.crc32, part.size)
+            joined[-1] = replace(last, size=last.size + part.size, crc32=crc)
+        else:
+            joined.append(part)
+    return joined
+
+
+def record_crcs(parts: list[Part]) -> dict[tuple[str, int], int]:
+    """(file, offset) -> CRC-32 of each whole record, from parts that cover it in any order."""
+    return {(part.file, part.offset): part.crc32 for part in coalesce(parts)}
 
 
 def _tar_header(name: str, size: int) -> bytes:

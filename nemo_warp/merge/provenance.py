@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 
 from nemo_warp.merge.plan import MergePlan
+from nemo_warp.merge.results import GroupResult
 from nemo_warp.records import code_version
 
 
-def provenance_bytes(plan: MergePlan) -> bytes:
+def weights_digest(tensors: Iterable[dict[str, str]]) -> str:
+    """SHA-256 of a model's weights from those of its tensors: the same in every layout.
+
+    Args:
+        tensors: dictionaries of canonical name -> SHA-256 (hex) of the tensor's bytes in logical
+            order, vocabulary padding left out.
+    """
+    lines = sorted(f"{name} {digest}\n" for found in tensors for name, digest in found.items())
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def provenance_bytes(plan: MergePlan, groups: list[GroupResult]) -> bytes:
     """Inputs, options and versions as JSON, without times and hosts: equal merges, equal bytes."""
     roles = ["init", *(f"policy_{m}" for m in range(1, len(plan.options.policies) + 1))]
     if plan.options.liti_towards is not None:
         roles.append("liti_towards")
     inputs = [
-        {"role": role, "name": checkpoint.path.name, "format": checkpoint.format}
-        for role, checkpoint in zip(roles, plan.inputs, strict=True)
+        {
+            **{"role": role, "name": checkpoint.path.name, "format": checkpoint.format},
+            "sha256": weights_digest([group.digests[index] for group in groups]),
+        }
+        for index, (role, checkpoint) in enumerate(zip(roles, plan.inputs, strict=True))
     ]
     versions = {"nemo_warp": code_version(), "torch": torch.__version__, "numpy": np.__version__}
     record = {"inputs": inputs, "options": plan.options.recorded(), "versions": versions}

@@ -1,0 +1,108 @@
+"""What merging a group leaves behind, in a form that survives in a journal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from nemo_warp.merge.output import Part
+
+
+@dataclass
+class UnitResult:
+    """One angle's worth of weights.
+
+    Attributes:
+        gram: [N, N] Gram matrix of (theta_init, delta_1 .. delta_M, delta_anchor if any).
+        coefficients: [K + 1, N] over the inputs: one row per eta, then the merged task vector
+            theta_slerp - theta_anchor.
+        projections: [K] inner products of the rounded outputs with that task vector.
+        changed: [K] elements that differ from theta_init.
+        num_elements: elements merged, padding left out.
+    """
+
+    gram: np.ndarray
+    coefficients: np.ndarray
+    projections: np.ndarray
+    changed: np.ndarray
+    num_elements: int
+
+    def add(self, other: UnitResult) -> None:
+        """Add another group's share of the same unit (granularity ``model``)."""
+        self.projections = self.projections + other.projections
+        self.changed = self.changed + other.changed
+        self.num_elements += other.num_elements
+
+    def realised_etas(self, towards: int) -> list[float | None]:
+        """Projection of (rounded output - anchor) on the exact task vector, over its square.
+
+        Equals eta when rounding does no harm. None where the task vector is zero.
+
+        Args:
+            towards: index of the LITI anchor among the inputs; 0 is theta_init.
+        """
+        vector = _in_deltas(self.coefficients[-1])
+        vector[0] = 0.0  # the coefficients of a task vector sum to zero, up to rounding
+        anchor = _in_deltas(np.eye(len(vector))[towards])
+        square = vector @ self.gram @ vector
+        if square <= 0.0:
+            return [None] * len(self.projections)
+        offset = anchor @ self.gram @ vector
+        return [float((projection - offset) / square) for projection in self.projections]
+
+
+@dataclass
+class GroupResult:
+    """What is known about a group once it is on disk.
+
+    Attributes:
+        units: unit -> result; its Gram covers the whole unit.
+        parts: per output, the bytes written and their CRC-32s.
+        digests: per input, tensor name -> SHA-256 of its true rows in logical order.
+    """
+
+    name: str
+    units: dict[str, UnitResult] = field(default_factory=dict)
+    parts: list[list[Part]] = field(default_factory=list)
+    digests: list[dict[str, str]] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; float64 survives JSON exactly."""
+        units = {
+            name: [
+                *(unit.gram.tolist(), unit.coefficients.tolist(), unit.projections.tolist()),
+                *([int(count) for count in unit.changed], unit.num_elements),
+            ]
+            for name, unit in self.units.items()
+        }
+        parts = [[_part_values(part) for part in written] for written in self.parts]
+        return {"group": self.name, "units": units, "parts": parts, "digests": self.digests}
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> GroupResult:
+        """The inverse of `to_json`."""
+        units = {
+            name: UnitResult(*(np.array(value) for value in values[:4]), values[4])
+            for name, values in raw["units"].items()
+        }
+        parts = [[Part(*values) for values in written] for written in raw["parts"]]
+        return cls(raw["group"], units, parts, raw["digests"])
+
+
+def exact_sum(matrices: Sequence[np.ndarray]) -> np.ndarray:
+    """Element-wise sum of equally shaped float64 matrices, rounded once: independent of order."""
+    columns = np.stack(matrices).reshape(len(matrices), -1).T
+    return np.array([math.fsum(column) for column in columns]).reshape(matrices[0].shape)
+
+
+def _in_deltas(over_inputs: np.ndarray) -> np.ndarray:
+    """Coefficients over (theta_init, deltas) of a combination of (theta_init, thetas)."""
+    return np.concatenate([[over_inputs.sum()], over_inputs[1:]])
+
+
+def _part_values(part: Part) -> list:
+    return [part.file, part.offset, part.start, part.size, part.crc32]
