@@ -59,7 +59,7 @@ class Opaque:
 class Discarded:
     """A note of the writer (Megatron-core leaves its save plans in ``.metadata``), not kept."""
 
-    def __new__(cls, *_arguments):
+    def __new__(cls, *_arguments):  # noqa: D102
         return super().__new__(cls)
 
     def __setstate__(self, state: Any) -> None:
