@@ -2,9 +2,9 @@
 
     attempts/001/{attempt.json, log.txt, <step>.log, endpoint_<reward>.json, exit.json}
 
-Progress is the newest training checkpoint. Attempts that began at the same step made none; after
-too many of those, or after an exit code that means "for good", the stage has failed until somebody
-says ``resume`` (which marks the last attempt as forgiven).
+Progress is the newest training checkpoint, or the points measured. Attempts that began at the same
+step made none; after too many of those, or after an exit code that means "for good", the stage has
+failed until somebody says ``resume`` (which marks the last attempt as forgiven).
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def begin(paths: StagePaths, record: dict[str, Any]) -> Attempt:
     number = max((a.number for a in list_attempts(paths)), default=0) + 1
     directory = paths.attempts / f"{number:03d}"
     directory.mkdir(parents=True)
-    record = {"started": time.time(), "step": checkpoint_step(paths), **record}
+    record = {"started": time.time(), "step": progress(paths), **record}
     write_json_atomically(directory / "attempt.json", record)
     return Attempt(directory, record, None, False)
 
@@ -90,8 +90,10 @@ def forgive(paths: StagePaths) -> None:
         (attempt.directory / "forgiven").touch()
 
 
-def checkpoint_step(paths: StagePaths) -> int:
-    """Step of the newest complete training checkpoint, 0 if there is none."""
+def progress(paths: StagePaths) -> int:
+    """What is kept of earlier attempts: the newest checkpoint's step, or the number of points."""
+    if paths.points.exists():
+        return paths.points.read_bytes().count(b"\n")
     if not paths.checkpoints.is_dir():
         return 0
     matches = (_CHECKPOINT.fullmatch(p.name) for p in paths.checkpoints.iterdir())
@@ -106,7 +108,7 @@ def failure(paths: StagePaths, cap: int) -> str | None:
     last = attempts[-1]
     if last.exit is not None and last.exit["exit_code"] in FOR_GOOD:
         return f"exit code {last.exit['exit_code']}: {last.exit['reason']}"
-    step = checkpoint_step(paths)
+    step = progress(paths)
     stuck = 0
     for attempt in reversed(attempts):
         if attempt.counts and attempt.record.get("step", step) != step:

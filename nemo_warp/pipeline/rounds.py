@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 
 from nemo_warp import exit_codes
 from nemo_warp.pipeline import locks, slurm
-from nemo_warp.pipeline.attempts import checkpoint_step, list_attempts
+from nemo_warp.pipeline.attempts import list_attempts, progress
 from nemo_warp.pipeline.plan import FINAL, FRONT, REPORT, Stage, merge_name
 from nemo_warp.pipeline.recipe import Recipe
 from nemo_warp.pipeline.state import QueuedJob, StageState, Status, exit_code, inspect
@@ -77,7 +77,7 @@ def _run_round(recipe: Recipe, say: Callable[[str], None]) -> int:
 def _mark(recipe: Recipe, states: dict[str, StageState]) -> str:
     """Changes whenever a stage was done, began, or got further."""
     stages = [recipe.paths.stage(name) for name in states]
-    facts = [(len(list_attempts(p)), checkpoint_step(p), p.completion.exists()) for p in stages]
+    facts = [(len(list_attempts(p)), progress(p), p.completion.exists()) for p in stages]
     return config_hash({"facts": facts})[:16]
 
 
@@ -93,7 +93,8 @@ def submit_missing(recipe: Recipe, states: dict[str, StageState], submit: Submit
         if missing:
             after = sorted({jobs[n] for s in missing for n in s.needs if n in jobs})
             job = submit(slurm.sbatch_stage(recipe, missing, after))
-            jobs |= {s.name: f"{job}_{s.member}" if s.member else job for s in missing}
+            # A new array is waited for as a whole, an older one only for the tasks still in it.
+            jobs |= {stage.name: job for stage in missing}
     return jobs
 
 
