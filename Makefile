@@ -22,7 +22,7 @@ help: ## show this list
 setup: $(READY) ## system packages (where allowed) and a virtual environment in .venv
 
 $(READY): constraints/cpu.txt pyproject.toml tools/setup_system.sh tools/setup_venv.sh
-	tools/setup_system.sh
+	tools/setup_system.sh "$(PYTHON)"
 	tools/setup_venv.sh "$(PYTHON)" "$(VENV)"
 	@touch $@
 
@@ -34,7 +34,7 @@ demo: setup ## the whole method, small, on real text: no GPU needed
 	$(VENV)/bin/nemo-warp run recipes/tiny/recipe.yaml
 
 test: setup ## every test, with linters as tests
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest --timeout=900 $(PYTEST_ARGS)
 
 lint: setup ## ruff, import-linter, shellcheck only
 	$(VENV)/bin/python -m pytest tests/test_style.py

@@ -1,28 +1,39 @@
 #!/bin/bash
 # Install the Debian/Ubuntu packages that tests and demo use, as root or with password-less sudo.
 # Without either, or without apt, say what is missing and what will be skipped; never fail for it.
+#
+#   tools/setup_system.sh [PYTHON]
 set -euo pipefail
+cd "$(dirname "$0")/.."
 
-# command or file that proves a package -> package : what is skipped without it
-needs=(
-    "python3-venv:python3 -c 'import ensurepip':the virtual environment cannot be made"
-    "git:command -v git:records name the version without its commit"
-    "shellcheck:command -v shellcheck:the shell scripts are not linted"
-    "slurm-client:command -v sbatch:tests on a real Slurm are skipped"
-    "slurmctld:command -v slurmctld:tests on a real Slurm are skipped"
-    "slurmd:command -v slurmd:tests on a real Slurm are skipped"
-    "munge:command -v munged:tests on a real Slurm are skipped"
-)
+python=${1:-python3}
+version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || echo 3)
+PATH=$PATH:/usr/sbin:/sbin
+has_libpython='
+import ctypes.util, os, sys, sysconfig
+name = "python%d.%d" % sys.version_info[:2]
+inside = os.path.join(sysconfig.get_config_var("LIBDIR") or "", "lib" + name + ".so.1.0")
+sys.exit(not (os.path.exists(inside) or ctypes.util.find_library(name)))'
 
 missing=()
 reasons=()
-for need in "${needs[@]}"; do
-    IFS=: read -r package proof reason <<<"$need"
-    if ! PATH="$PATH:/usr/sbin:/sbin" bash -c "$proof" >/dev/null 2>&1; then
+need() { # PACKAGE WHAT-HAPPENS-WITHOUT-IT COMMAND-THAT-PROVES-IT...
+    local package=$1 reason=$2
+    if ! "${@:3}" >/dev/null 2>&1; then
         missing+=("$package")
         reasons+=("  $package: without it $reason")
     fi
-done
+}
+need python3 "nothing works" tools/find_python.sh
+need "python$version-venv" "no virtual environment can be made" "$python" -c 'import ensurepip'
+need "libpython$version" "the reward servers cannot start" "$python" -c "$has_libpython"
+need git "records name the version without its commit" command -v git
+need shellcheck "the shell scripts are not linted" command -v shellcheck
+need slurm-client "tests on a real Slurm are skipped" command -v sbatch
+need slurmctld "tests on a real Slurm are skipped" command -v slurmctld
+need slurmd "tests on a real Slurm are skipped" command -v slurmd
+need munge "tests on a real Slurm are skipped" command -v munged
+
 [[ ${#missing[@]} -eq 0 ]] && exit 0
 
 as_root=()

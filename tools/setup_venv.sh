@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-python=${1:?PYTHON is missing: apt-get install python3.11 python3.11-venv}
+python=${1:-$(tools/find_python.sh)}
 venv=${2:?}
 lock=constraints/cpu.txt
 
