@@ -45,6 +45,14 @@ class Server:
             assert time.monotonic() < end, f"no {path.name}\n{self.log.read_text()}"
             time.sleep(0.05)
 
+    def triton_pid(self) -> int:
+        """The process that answers HTTP, a child of the server."""
+        pid = self.process.pid
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            if Path(f"/proc/{child}/comm").read_text().strip() == "tritonserver":
+                return int(child)
+        raise AssertionError("no tritonserver")
+
     def kill(self) -> None:
         """As a crash: no clean-up of any kind."""
         self.process.kill()

@@ -1,8 +1,9 @@
 """Real PyTriton servers and the client, when all is well and when it is not."""
 
 import json
+import os
+import signal
 import socket
-import subprocess
 import tempfile
 import threading
 import time
@@ -173,9 +174,7 @@ def test_a_server_killed_in_a_request_and_restarted_elsewhere_is_found(pytriton,
 def test_a_dead_server_gives_failures_not_numbers(pytriton, tmp_path):
     with running(tmp_path, STRANGE) as server:
         client = _connected(server)
-        subprocess.run(
-            ["pkill", "-KILL", "-P", str(server.process.pid), "tritonserver"], check=True
-        )
+        os.kill(server.triton_pid(), signal.SIGKILL)
         assert server.process.wait(30) == exit_codes.FAILED
         assert "error: the Triton server ended by itself" in server.log.read_text()
         assert not server.endpoint_file.exists()
