@@ -67,6 +67,8 @@ class LocalDriver:
 
     def _startable(self, states: dict[str, StageState]) -> list[str]:
         ready = [name for name, state in states.items() if state.status is Status.READY]
+        # The next iteration waits for members and merges, but not for an evaluation.
+        ready.sort(key=lambda name: name.endswith("/evaluation"))
         return [name for name in ready if name not in self._refused]
 
     def _start(self, name: str) -> None:
