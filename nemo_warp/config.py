@@ -12,6 +12,7 @@ import difflib
 import fnmatch
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,17 @@ NOT_IDENTITY = (
     "rewards.*.endpoint",
     "reward_client",
     "loggers",
+    "trainer.num_nodes",
+    "trainer.devices",
+    "trainer.accelerator",
+    "model.tensor_model_parallel_size",
+    "model.pipeline_model_parallel_size",
+    "model.sequence_parallel",
+    "model.micro_batch_size",
+    "rollout.forward_micro_batch_size",
+    "algorithm.offload_anchor",
 )
-"""Patterns of the keys `identity_hash` leaves out: places, limits and paths of inputs."""
+"""Patterns of the keys `identity_hash` leaves out: places, limits, paths of inputs, layout."""
 
 
 @dataclass(frozen=True)
@@ -66,17 +76,16 @@ def load_config(
     Raises:
         ValueError: a file cannot be read, a key is unknown, or a value has the wrong type.
     """
-    config = _read(defaults)
-    known = to_plain(config, resolve=False)
+    known = _read(defaults)
+    merged = known
     for override in overrides:
         if isinstance(override, list):
-            for argument in override:
-                _apply_argument(config, argument, known, str(defaults))
+            merged = _apply_arguments(merged, override, known, str(defaults))
         else:
             values, source = _values(override)
             _check(values, known, source, str(defaults))
-            config = OmegaConf.merge(config, values)
-    return config
+            merged = _merge(merged, values)
+    return OmegaConf.create(merged)
 
 
 def require_complete(config: DictConfig) -> None:
@@ -150,21 +159,36 @@ def _suggestion(key: str, known: list[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else f"; known keys: {', '.join(known)}"
 
 
-def _read(path: Path) -> DictConfig:
+def _read(path: Path) -> dict[str, Any]:
+    """The file's content, interpolations unresolved; not to be changed in place."""
     try:
-        config = OmegaConf.load(path)
+        return _parse(path, path.stat().st_mtime_ns)
     except FileNotFoundError:
         raise ValueError(f"no configuration file {path}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f"cannot read {path} as YAML: {error}") from error
+
+
+@lru_cache(maxsize=64)
+def _parse(path: Path, _modified_ns: int) -> dict[str, Any]:
+    """Cached: the defaults are read once per process, not once per member."""
+    config = OmegaConf.load(path)
     if not isinstance(config, DictConfig):
         raise ValueError(f"{path} holds {type(config).__name__}, expected a table of keys")
-    return config
+    return to_plain(config, resolve=False)
+
+
+def _merge(base: Any, changes: Any) -> Any:
+    """``base`` with ``changes``, neither changed in place; sections are merged, lists replaced."""
+    if not (isinstance(base, Mapping) and isinstance(changes, Mapping)):
+        return changes
+    merged = {key: _merge(base[key], value) for key, value in changes.items() if key in base}
+    return {**base, **changes, **merged}
 
 
 def _values(override: Path | Overrides | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     if isinstance(override, Path):
-        return to_plain(_read(override), resolve=False), str(override)
+        return _read(override), str(override)
     if isinstance(override, Overrides):
         return override.values, override.source
     if isinstance(override, DictConfig):
@@ -203,6 +227,15 @@ def _check_type(value: Any, default: Any, path: str, source: str) -> None:
         kind = {bool: "true or false", float: "a number", int: "a whole number", str: "text"}
         expected = kind.get(type(default), "a list")
         raise ValueError(f"'{path}' in {source} is {value!r}, expected {expected}")
+
+
+def _apply_arguments(
+    merged: dict[str, Any], arguments: list[str], known: Any, defaults: str
+) -> dict[str, Any]:
+    config = OmegaConf.create(merged)
+    for argument in arguments:
+        _apply_argument(config, argument, known, defaults)
+    return to_plain(config, resolve=False)
 
 
 def _apply_argument(config: DictConfig, argument: str, known: Any, defaults: str) -> None:

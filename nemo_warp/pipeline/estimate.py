@@ -41,16 +41,15 @@ def costs(recipe: Recipe) -> dict[str, Cost]:
         hours = _hours(assumed["seconds_per_step"], recipe.total_steps(iteration))
         nodes, gpus = _shape(recipe, MEMBER)
         found[f"members of iteration {iteration}"] = Cost(members, nodes, gpus, hours)
-    for kind, key, jobs in (
-        (EVALUATION, "evaluation", recipe.values["iterations"]),
-        (FRONT, "front", 1),
+    iterations = recipe.values["iterations"]
+    points = sum(recipe.num_points(i) for i in range(1, iterations + 1)) / iterations
+    for name, kind, jobs, number in (
+        ("evaluations", EVALUATION, iterations, points),
+        ("final front", FRONT, 1, len(recipe.values["front"]["kappas"])),
     ):
-        points = len(recipe.values[key]["etas" if kind == EVALUATION else "kappas"])
-        hours = _hours(assumed["evaluation_seconds_per_point"], points)
         nodes, gpus = _shape(recipe, kind)
-        found["evaluations" if kind == EVALUATION else "final front"] = Cost(
-            jobs, nodes, gpus, hours
-        )
+        hours = _hours(assumed["evaluation_seconds_per_point"], number)
+        found[name] = Cost(jobs, nodes, gpus, hours)
     return found
 
 
@@ -62,14 +61,15 @@ def disk_bytes(recipe: Recipe) -> dict[str, int] | None:
     values = recipe.values
     runs = values["iterations"] * values["members"]
     keep, dtype = values["member"]["run"]["keep_checkpoints"], values["member"]["export"]["dtype"]
+    merged = _POLICY_BYTES["float32" if "float32" in values["merge"]["arguments"] else "same"]
     return {
         "training checkpoints": int(parameters * _CHECKPOINT_BYTES * keep * runs),
         "policies": int(parameters * _POLICY_BYTES[dtype] * runs),
-        "merged": int(parameters * _POLICY_BYTES["same"] * (2 * values["iterations"] + 1)),
+        "merged": int(parameters * merged * (2 * values["iterations"] + 1)),
     }
 
 
-def _hours(seconds_each: float | None, number: int) -> float | None:
+def _hours(seconds_each: float | None, number: float) -> float | None:
     return None if seconds_each is None else seconds_each * number / 3600
 
 

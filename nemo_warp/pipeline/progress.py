@@ -60,11 +60,7 @@ def _total(recipe: Recipe, stage: Stage) -> int | None:
         return recipe.total_steps(stage.iteration)
     if stage.kind == FRONT:
         return len(recipe.values["front"]["kappas"])
-    if stage.kind != EVALUATION:
-        return None
-    from_sft = stage.iteration == 1 and recipe.values["init"] == recipe.values["sft"]
-    lines = 2 if recipe.evaluation_config()["towards_sft"] and not from_sft else 1
-    return lines * len(recipe.values["evaluation"]["etas"])
+    return recipe.num_points(stage.iteration) if stage.kind == EVALUATION else None
 
 
 def _step(stage: Stage, records: list[dict[str, Any]]) -> int | None:

@@ -144,6 +144,12 @@ class Recipe:
         """T of ``iteration``."""
         return self._resolved_member(iteration, 1)["run"]["total_steps"]
 
+    def num_points(self, iteration: int) -> int:
+        """Points of an iteration's evaluation: from its init, and from SFT if that is another."""
+        only_sft = iteration == 1 and self.values["init"] == self.values["sft"]
+        lines = 2 if self._evaluation_config["towards_sft"] and not only_sft else 1
+        return lines * len(self.values["evaluation"]["etas"])
+
     def _resolved_member(self, iteration: int, member: int) -> dict[str, Any]:
         return _resolve_member(
             json.dumps(self.values["member"]),
@@ -173,9 +179,9 @@ def load_recipe(source: Path, overrides: Sequence[str] = (), files_here: bool = 
     file = source / "recipe.yaml" if source.is_dir() else source
     if not file.exists():
         raise ValueError(f"no recipe {file}; give a recipe file or a directory with a recipe.yaml")
-    config = load_config(CONF_DIRECTORY / "recipe.yaml", file, list(overrides))
+    config = load_config(CONF_DIRECTORY / "recipe.yaml", *_layers(file), list(overrides))
     require_complete(config)
-    values = _resolve(config)
+    values = _resolve(config) | {"base": None}
     values["member"] = _member_section(values["member"], f"section member of {file}")
     _make_absolute(values)
     if values["run_directory"] is None:  # a run directory's own recipe: it may have been moved
@@ -185,6 +191,7 @@ def load_recipe(source: Path, overrides: Sequence[str] = (), files_here: bool = 
     for iteration in range(1, values["iterations"] + 1):
         for member in range(1, values["members"] + 1):
             recipe._resolved_member(iteration, member)  # names unknown keys of the overrides
+    recipe.evaluation_config()
     if values["launcher"]["kind"] == "slurm":
         _ = recipe.cluster
     return recipe
@@ -199,6 +206,7 @@ def open_run(recipe: Recipe) -> None:
         ValueError: it belongs to another recipe, or an input has changed since.
     """
     paths, stored = recipe.paths, recipe.paths.recipe
+    paths.root.mkdir(parents=True, exist_ok=True)
     if stored.exists():
         _refuse_other(recipe, load_recipe(stored))
         _refuse_changed_inputs(recipe)
@@ -208,6 +216,17 @@ def open_run(recipe: Recipe) -> None:
     text = yaml.safe_dump({**recipe.values, "run_directory": None}, sort_keys=False)
     if not stored.exists() or stored.read_text() != text:
         write_text_atomically(stored, text)
+
+
+def _layers(file: Path, seen: tuple[Path, ...] = ()) -> list[Path]:
+    """The recipe files that ``file`` builds on, and itself."""
+    if file in seen:
+        raise ValueError(f"{file} is its own base")
+    content = load_config(CONF_DIRECTORY / "recipe.yaml", file)
+    if content["base"] is None:
+        return [file]
+    base = Path(os.path.normpath(file.parent / content["base"]))
+    return [*_layers(base, (*seen, file)), file]
 
 
 def _resolve(config: DictConfig) -> dict[str, Any]:

@@ -129,11 +129,17 @@ def _merge(recipe: Recipe, stage: Stage, contents: Contents) -> Request:
     names_by_eta = {1.0: (merge.slerp.name,), config["eta"]: (merge.next_init.name,)}
     if config["eta"] == 1.0:
         names_by_eta = {1.0: (merge.slerp.name, merge.next_init.name)}
-    policy_paths = list(policies.values())
+    policy_paths = _checkpoints(recipe, names) or list(policies.values())
     words = _merge_words(merge, init, policy_paths, names_by_eta, config["arguments"], towards)
     outputs = (merge.slerp.name, merge.next_init.name)
     reads = (init, *policy_paths)
     return Request(MERGE, config, inputs, reads, outputs, (words,), _building(names_by_eta))
+
+
+def _checkpoints(recipe: Recipe, names: list[str]) -> list[Path]:
+    """Training checkpoints to average along the runs, where the recipe wants that."""
+    steps = recipe.values["merge"]["average_steps"] or []
+    return [recipe.paths.stage(n).checkpoints / f"step_{s:08d}" for n in names for s in steps]
 
 
 def _merge_words(

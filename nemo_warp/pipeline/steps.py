@@ -107,9 +107,10 @@ def srun(step: Step, allocation: Allocation) -> list[str]:
 
 def gpu_options(cluster: dict[str, Any], gpus: int) -> list[str]:
     """How this cluster wants to be asked for ``gpus`` GPUs per node."""
-    if cluster["gpu_option"] == "--gres":
-        return [f"--gres=gpu:{gpus}"] if gpus else ["--gres=none"]
-    return [f"{cluster['gpu_option']}={gpus}"]
+    if not gpus:
+        return ["--gres=none"]
+    is_gres = cluster["gpu_option"] == "--gres"
+    return [f"--gres=gpu:{gpus}" if is_gres else f"{cluster['gpu_option']}={gpus}"]
 
 
 def checkout() -> Path:

@@ -45,6 +45,7 @@ def check_recipe(values: dict[str, Any], source: str, files_here: bool = True) -
         _check_launcher(values)
         _check_member(values["member"])
         _check_one_machine(values)
+        _check_average(values)
         if files_here:
             _check_files(values)
     except ValueError as error:
@@ -182,6 +183,18 @@ def _check_member(member: dict[str, Any]) -> None:
     shards = model["tensor_model_parallel_size"] * model["pipeline_model_parallel_size"]
     _require(ranks >= 1 and ranks % shards == 0, f"member.trainer has {trainer['num_nodes']} x "
              f"{trainer['devices']} ranks, which TP x PP = {shards} does not divide")  # fmt: skip
+
+
+def _check_average(values: dict[str, Any]) -> None:
+    """Checkpoints to average must be ones that are saved and kept."""
+    steps, run = values["merge"]["average_steps"], values["member"]["run"]
+    if steps is None:
+        return
+    interval, keep, last = run["save_interval"], run["keep_checkpoints"], run["total_steps"]
+    kept = list(range(interval, last + 1, interval))[-keep:]
+    _require(bool(steps) and set(steps) <= set(kept), f"merge.average_steps is {steps}, but with "
+             f"save_interval {interval} and keep_checkpoints {keep} a member ends with the "
+             f"checkpoints of steps {kept}")  # fmt: skip
 
 
 def _check_one_machine(values: dict[str, Any]) -> None:
