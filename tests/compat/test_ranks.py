@@ -22,6 +22,18 @@ def test_ranks_communicate_and_return_in_order(nemo):
     assert run_ranks(_sum_of_ranks, 3) == [(6.0, 0), (6.0, 1), (6.0, 2)]
 
 
+def _gradient():
+    weight = torch.full((64, 64), 2.0, requires_grad=True)
+    (weight @ weight).sum().backward()
+    return weight.grad.unique().tolist()
+
+
+def test_ranks_differentiate_after_the_parent_did(nemo):
+    """The forks of a process that has used autograd and matrix products must not hang in them."""
+    assert _gradient() == [256.0]
+    assert run_ranks(_gradient, 2, timeout=60) == [[256.0], [256.0]]
+
+
 def _fail_on_rank_one():
     if os.environ["RANK"] == "1":
         raise ValueError("only rank one")
