@@ -58,7 +58,7 @@ def reward_at(curve: Curve, kl: float) -> float | None:
 
 
 def _equal_kl_lines(curves: Sequence[Curve]) -> list[str]:
-    """Rewards at four round KLs that the furthest front reaches."""
+    """Rewards at round KLs up to the largest measured."""
     grid = _round_kls(max(max(curve.column("kl_to_sft")) for curve in curves))
     if not grid:
         return []
@@ -72,11 +72,11 @@ def _equal_kl_lines(curves: Sequence[Curve]) -> list[str]:
 
 
 def _round_kls(largest: float) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten: about six of them up to ``largest``."""
+    """Multiples of 1, 2 or 5 times a power of ten, at most ten of them, up to ``largest``."""
     if largest <= 0:
         return []
-    magnitude = 10.0 ** np.floor(np.log10(largest / 6))
-    step = next(m * magnitude for m in (1, 2, 5, 10) if m * magnitude * 7 > largest)
+    magnitude = 10.0 ** np.floor(np.log10(largest / 10))
+    step = next(m * magnitude for m in (1, 2, 5, 10) if m * magnitude * 11 > largest)
     return [step * number for number in range(1, int(largest / step) + 1)]
 
 

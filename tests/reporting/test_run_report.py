@@ -64,12 +64,16 @@ def test_table_holds_the_measurements_and_rewards_at_equal_kl(run, tmp_path):
     assert "| iteration 1, member 2 | step 20 | 0.520 | 8.00 | 23.5 |  |  |" in table
     front = "| eta 0.3 | 0.300 ± 0.012 | 4.00 ± 0.25 | 22.3 | 28% | 512 |"
     assert f"| iteration 2, LITI from init {front}" in table
-    # By hand: iteration 1 passes KL 5 between (3, 0.3) and (12, 0.8): 0.3 + 0.5 * 2/9 = 0.411.
-    # Iteration 2 between (4, 0.3) and (16, 0.8): KL 5: 0.342, KL 10: 0.55, KL 15: 0.758.
-    assert "| curve | KL 5 | KL 10 | KL 15 |" in table
-    assert "| iteration 1, LITI from init | 0.411 | 0.689 |  |" in table
-    assert "| iteration 2, LITI from init | 0.342 | 0.550 | 0.758 |" in table
-    assert "| final front, LITI from sft | 0.325 | 0.550 | 0.775 |" in table
+    # By hand. Iteration 1 goes (0, 0.1), (3, 0.3), (12, 0.8): at KL 4 0.3 + 0.5 / 9 = 0.356.
+    # Iteration 2 goes (1, 0.1), (4, 0.3), (16, 0.8): at KL 6 0.3 + 0.5 * 2 / 12 = 0.383.
+    kls = "KL 2 | KL 4 | KL 6 | KL 8 | KL 10 | KL 12 | KL 14 | KL 16"
+    assert f"| curve | {kls} |" in table
+    first = "0.233 | 0.356 | 0.467 | 0.578 | 0.689 | 0.800 |  |  |"
+    assert f"| iteration 1, LITI from init | {first}" in table
+    second = "0.167 | 0.300 | 0.383 | 0.467 | 0.550 | 0.633 | 0.717 | 0.800 |"
+    assert f"| iteration 2, LITI from init | {second}" in table
+    final = "0.190 | 0.280 | 0.370 | 0.460 | 0.550 | 0.640 | 0.730 | 0.820 |"
+    assert f"| final front, LITI from sft | {final}" in table
 
 
 def test_csv_holds_every_measurement_unrounded(run, tmp_path):
