@@ -19,7 +19,9 @@ from nemo_warp.checkpoints.archive import Archive, open_archive
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.image import CheckpointImage, DtypeRule, FileImage
 from nemo_warp.checkpoints.logical import LogicalTensor
+from nemo_warp.checkpoints.rank_files import FILE, RankFileStore, rank_files
 from nemo_warp.checkpoints.torch_dist import TorchDistStore
+from nemo_warp.checkpoints.zarr import DESCRIPTION, ZarrStore
 
 _YamlLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 MERGEABLE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -34,11 +36,16 @@ class Store(Protocol):
     tensors: dict[str, LogicalTensor]
     foreign: list[str]
 
-    def image(self, rule: DtypeRule, prefix: str, keep_foreign: bool) -> CheckpointImage:
+    def masters(self) -> dict[str, LogicalTensor]:
+        """Canonical name -> fp32 copy in the optimizer state, where there is one."""
+        ...
+
+    def image(self, rule: DtypeRule, prefix: str) -> CheckpointImage:
         """Layout of an output like this store, with floating tensors at the rule's dtypes.
 
-        Files are named ``prefix`` + their name here; ``keep_foreign`` keeps entries that are not
-        the model's.
+        Args:
+            rule: output dtype of each stored dtype.
+            prefix: goes before every file name.
         """
         ...
 
@@ -67,15 +74,20 @@ class Checkpoint:
 
     def image(self, rule: DtypeRule) -> CheckpointImage:
         """Layout of an output like this checkpoint: weights, configuration and artifacts."""
-        prefix = f"{self.weights}/" if self.weights else ""
-        stored = self.store.image(rule, prefix, keep_foreign=bool(prefix))
-        names = {file.name for file in stored.files} | {PROVENANCE}
+        stored = self.store.image(rule, f"{self.weights}/" if self.weights else "")
+        covered = self.archive.under(self.weights) if self.weights else {}
+        weights = {f"{self.weights}/{name}" for name in covered} | {f.name for f in stored.files}
         others = []
         for name, record in self.archive.members.items():
-            if name not in names and prefix and not name.startswith(prefix):
+            if name not in weights and name != PROVENANCE and self._carries(name):
                 others.append(FileImage(name))
                 others[-1].append(record)
         return CheckpointImage(others + stored.files, stored.tensors)
+
+    def _carries(self, name: str) -> bool:
+        """Whether a file outside the weights folder goes into outputs."""
+        bare = not self.weights and self.format in ("torch_dist", "zarr")
+        return not bare  # a bare weights folder has no other files than those of its image
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -86,25 +98,35 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     _refuse_unfinished(path)
     archive = open_archive(path)
-    if "adapter_metadata.json" in {PurePosixPath(name).name for name in archive.members}:
+    names = {PurePosixPath(name).name for name in archive.members}
+    if "adapter_metadata.json" in names:
         raise CheckpointError(f"{path} holds an adapter, not a model; merge it into its base first")
-    kind, weights, store = _open_store(archive)
+    if any(name.startswith("modelopt_") for name in names):
+        raise CheckpointError(f"{path} is quantised (modelopt); merge the policy before quantising")
+    config = _config(archive)
+    kind, weights, store = _open_store(archive, config)
     _refuse_unmergeable(path, store.tensors)
-    return Checkpoint(path, kind, archive, weights, store, _config(archive))
+    return Checkpoint(path, kind, archive, weights, store, config)
 
 
-def _open_store(archive: Archive) -> tuple[str, str, Store]:
+def _open_store(archive: Archive, config: dict[str, Any]) -> tuple[str, str, Store]:
     where = str(archive.path)
     for weights in (WEIGHTS, "weights", ""):
         members = archive.under(weights)
-        if "metadata.json" in members or ".metadata" in members:
-            if "metadata.json" not in members:
-                raise CheckpointError(
-                    f"{where} holds no metadata.json, which is written last: "
-                    "its save was interrupted"
-                )
-            if ".metadata" in members:
-                return "torch_dist", weights, TorchDistStore(members, where)
+        described = any(name.endswith(f"/{DESCRIPTION}") for name in members)
+        if not described and ".metadata" not in members and "metadata.json" not in members:
+            continue
+        if "metadata.json" not in members:
+            raise CheckpointError(
+                f"{where} holds no metadata.json, which is written last: its save was interrupted"
+            )
+        if described:
+            return "zarr", weights, ZarrStore(members, where)
+        return "torch_dist", weights, TorchDistStore(members, where)
+    if files := rank_files(archive.members):
+        kind = "ranks" if len(files) > 1 or FILE not in archive.members else "single"
+        members = {name: archive.members[name] for name in files.values()}
+        return kind, "", RankFileStore(members, config, where)
     raise CheckpointError(
         f"{where} holds no weights that can be read; expected model_weights/ (torch_dist or zarr), "
         "model_weights.ckpt, or mp_rank_XX or tp_rank_XX_pp_rank_XXX folders"

@@ -25,6 +25,15 @@ WRAPPERS = ("model.module.module.", "model.module.", "model.", "module.")
 """Prefixes that wrappers put before the model's own names (NeMo 1, AMP O2, NeMo 2)."""
 
 MAX_PATCHES = 1 << 20
+DROPPED = re.compile(r"^(chained_\d+\.)?optimizer\.")
+"""Keys that outputs do not carry over: optimizer state."""
+
+_NORMS = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+"""Names of the same norms without and with Transformer Engine (mcore gpt_layer_specs.py)."""
+
 _LAYER = re.compile(r"^(?P<stack>(?:.*\.)?layers)\.(?P<index>\d+)\.(?P<rest>.+)$")
 _STACKED = re.compile(r"^(?P<stack>(?:.*\.)?layers)\.(?P<rest>(?!\d+\.).+)$")
 _NOT_MODEL = re.compile(r"^(optimizer|chained_\d+|rng_state|rerun_state_machine_state)\b")
@@ -59,14 +68,24 @@ def model_keys(keys: Iterable[str]) -> dict[str, str]:
     keys = list(keys)
     wrapped = any(key.startswith(WRAPPERS) for key in keys)
     if not wrapped:
-        return {key: key for key in keys if not _NOT_MODEL.match(key)}
-    return {key: strip_wrapper(key) for key in keys if key.startswith(WRAPPERS)}
+        return {key: canonical_name(key) for key in keys if not _NOT_MODEL.match(key)}
+    return {key: canonical_name(key) for key in keys if key.startswith(WRAPPERS)}
 
 
 def strip_wrapper(key: str) -> str:
     """``key`` without the first wrapper prefix that matches."""
     prefix = next((wrapper for wrapper in WRAPPERS if key.startswith(wrapper)), "")
     return key[len(prefix) :]
+
+
+def canonical_name(key: str) -> str:
+    """The name of a stored key that all formats and layer implementations share."""
+    name = strip_wrapper(key)
+    for local, fused in _NORMS.items():
+        head, found, tail = name.partition(f".{local}")
+        if found and ".layers." in f"{head}.":
+            return f"{head}.{fused}{tail}"
+    return name
 
 
 def group_of(name: str) -> str:

@@ -140,6 +140,30 @@ def _read_patch(
     return crc
 
 
+def check_replica(
+    files: FileCache, tensor: LogicalTensor, patches: tuple[Patch, ...], target: np.ndarray
+) -> None:
+    """Compare a further stored copy of a tensor with what was read into ``target``.
+
+    Raises:
+        CheckpointError: they differ; names both files.
+    """
+    width = tensor.dtype.itemsize
+    for patch in patches:
+        line, left = patch.cols * width, patch.col * width
+        step = max(1, PIECE // line)
+        buffer = np.empty((min(step, patch.rows), line), dtype=np.uint8)
+        for first in range(0, patch.rows, step):
+            piece = buffer[: min(step, patch.rows - first)]
+            files.read_into(patch.record, patch.start + first * line, memoryview(piece.reshape(-1)))
+            row = patch.row + first
+            if not np.array_equal(piece, target[row : row + len(piece), left : left + line]):
+                raise CheckpointError(
+                    f"{patch.record.path}: its copy of {tensor.name} differs from the one in "
+                    f"{tensor.patches[0].record.path}; the ranks of this checkpoint disagree"
+                )
+
+
 def _check_crc(crc: int, record: Record, name: str) -> None:
     if record.crc32 is not None and crc != record.crc32:
         raise CheckpointError(

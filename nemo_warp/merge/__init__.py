@@ -56,7 +56,7 @@ def merge(
         workers=workers or len(os.sched_getaffinity(0)),
         **options,
     )
-    plan = make_plan(chosen, open_inputs(chosen), chosen.vocab_size)
+    plan = make_plan(chosen, open_inputs(chosen))
     if dry_run:
         return None
     run, result = execute(plan, world_from_environment())

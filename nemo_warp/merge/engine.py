@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.logical import LogicalTensor, Patch
-from nemo_warp.checkpoints.reading import FileCache, read_patches, records_of
+from nemo_warp.checkpoints.reading import FileCache, check_replica, read_patches, records_of
 from nemo_warp.merge.blocks import Slab, blocks_of, slabs_of
 from nemo_warp.merge.kernel import STOCHASTIC, Scratch, block_rng, round_to
 from nemo_warp.merge.output import Output, Part, coalesce
@@ -75,6 +75,15 @@ class Engine:
                     size = sum(p.rows * p.cols for p in patches) * source.dtype.itemsize
                     tasks.append((self._read, source, record, patches, target, size))
         self._run(sorted(tasks, key=lambda task: -task[-1]))
+        self._run(self._replica_checks(group))
+
+    def _replica_checks(self, group: GroupPlan) -> Iterator[tuple]:
+        for tensor in group.tensors:
+            for source, loaded in zip(tensor.sources, self._buffers[tensor.name], strict=True):
+                width = source.cols * source.dtype.itemsize
+                target = loaded.view(torch.uint8).numpy().reshape(source.rows, width)
+                for patches in source.replicas:
+                    yield check_replica, self.files, source, patches, target
 
     def prefetch(self, group: GroupPlan) -> None:
         """Have the kernel read the group while something else is computed."""

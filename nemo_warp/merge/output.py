@@ -116,24 +116,21 @@ class Output:
 
     def holds(self, part: Part) -> bool:
         """Whether these bytes are on disk, by their CRC-32."""
-        crc, start, end = 0, part.offset + part.start, part.offset + part.start + part.size
-        for offset in range(start, end, _COPY_BYTES):
-            size = min(_COPY_BYTES, end - offset)
-            crc = zlib.crc32(self._pread(part.file, size, offset), crc)
-        return crc == part.crc32
+        return self._crc_on_disk(part.file, part.offset + part.start, part.size) == part.crc32
 
     def sync(self) -> None:
         """Make everything written so far durable."""
         for descriptor in set(self._descriptors.values()):
             os.fdatasync(descriptor)
 
-    def seal(self, crcs: dict[tuple[str, int], int], provenance: bytes) -> None:
-        """Fill in checksums and provenance, and make the output durable and complete.
+    def seal(self, parts: list[Part], provenance: bytes) -> None:
+        """Write everything that is not merged and make the output durable and complete.
 
         Args:
             provenance: contents of ``warp_merge.json``.
-            crcs: (file, offset) -> CRC-32 of every piece and every merged record.
+            parts: all merged bytes.
         """
+        crcs = self.write_fixed() | self._record_crcs(parts)
         for file in self.image.files:
             for offset, image in file.zips:
                 found = [crcs[file.name, offset + data] for data in image.data_offsets]
@@ -147,6 +144,26 @@ class Output:
         self.close()
         for folder in {path.parent for path in self.content.rglob("*")} | {self.folder}:
             fsync_directory(folder)
+
+    def _record_crcs(self, parts: list[Part]) -> dict[tuple[str, int], int]:
+        """(file, offset) -> CRC-32 of each merged record."""
+        whole = {(p.file, p.offset): p for p in coalesce(parts) if p.start == 0}
+        crcs = {}
+        for tensor in self.image.tensors.values():
+            for patch in (*tensor.patches, *(p for copy in tensor.replicas for p in copy)):
+                key = str(patch.record.path), patch.record.offset
+                if key in whole and whole[key].size == patch.record.size:
+                    crcs[key] = whole[key].crc32
+                elif key not in crcs:  # a storage with gaps between its tensors
+                    crcs[key] = self._crc_on_disk(key[0], key[1], patch.record.size)
+        return crcs
+
+    def _crc_on_disk(self, name: str, offset: int, size: int) -> int:
+        crc = 0
+        for start in range(0, size, _COPY_BYTES):
+            data = self._pread(name, min(_COPY_BYTES, size - start), offset + start)
+            crc = zlib.crc32(data, crc)
+        return crc
 
     def _append_to_tar(self, provenance: bytes) -> None:
         header = _tar_header(PROVENANCE, len(provenance))
@@ -224,11 +241,6 @@ def coalesce(parts: list[Part]) -> list[Part]:
         else:
             joined.append(part)
     return joined
-
-
-def record_crcs(parts: list[Part]) -> dict[tuple[str, int], int]:
-    """(file, offset) -> CRC-32 of each whole record, from parts that cover it in any order."""
-    return {(part.file, part.offset): part.crc32 for part in coalesce(parts)}
 
 
 def _tar_header(name: str, size: int) -> bytes:

@@ -13,6 +13,7 @@ from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.image import CheckpointImage
 from nemo_warp.checkpoints.logical import LogicalTensor
 from nemo_warp.checkpoints.names import group_of, group_order
+from nemo_warp.checkpoints.vocabulary import true_vocab_size
 from nemo_warp.merge.options import MergeOptions
 from nemo_warp.records import canonical_json
 
@@ -85,38 +86,68 @@ class MergePlan:
         return sum(file.size for file in self.image.files)
 
 
-def make_plan(
-    options: MergeOptions, inputs: tuple[Checkpoint, ...], vocab_size: int | None
-) -> MergePlan:
+def make_plan(options: MergeOptions, inputs: tuple[Checkpoint, ...]) -> MergePlan:
     """Match the inputs tensor by tensor and lay out the outputs.
 
     Args:
         options: what is asked for.
         inputs: opened `MergeOptions.inputs`.
-        vocab_size: true rows of the vocabulary tensors, None if unknown.
 
     Raises:
         CheckpointError: the inputs are not the same model.
         ValueError: options that do not fit the inputs.
     """
-    init = inputs[0]
-    for other in inputs[1:]:
-        _check_same_names(init, other)
-    image = init.image(dtype_rule(options))
     notes: list[str] = []
-    tensors = [
-        _plan_tensor(name, inputs, image.tensors[name], options, vocab_size, notes)
-        for name in sorted(init.tensors)
-    ]
+    tables = _source_tables(options, inputs, notes)
+    for other, table in zip(inputs[1:], tables[1:], strict=True):
+        _check_same_names(inputs[0], other, tables[0], table)
+    vocab_size = options.vocab_size or _vocab_size(inputs)
+    image = inputs[0].image(dtype_rule(options))
+    tensors = []
+    for name in sorted(tables[0]):
+        sources = tuple(table[name] for table in tables)
+        true_rows = sources[0].rows
+        if name in _VOCABULARY:
+            true_rows = _true_rows(name, sources, vocab_size, notes)
+        _check_shapes(name, sources, inputs, true_rows)
+        unit = {"layer": group_of(name), "tensor": name, "model": "model"}[options.granularity]
+        tensors.append(TensorPlan(name, sources, image.tensors[name], true_rows, unit))
     _check_rounding(options, tensors)
     groups: dict[str, list[TensorPlan]] = defaultdict(list)
     for tensor in tensors:
         groups[group_of(tensor.name)].append(tensor)
-    ordered = tuple(
-        GroupPlan(name, tuple(groups[name])) for name in sorted(groups, key=group_order)
-    )
+    names = sorted(groups, key=group_order)
+    ordered = tuple(GroupPlan(name, tuple(groups[name])) for name in names)
     identity = _identity(options, inputs, tensors)
     return MergePlan(options, inputs, ordered, image, tuple(dict.fromkeys(notes)), identity)
+
+
+def _source_tables(options, inputs, notes) -> list[dict[str, LogicalTensor]]:
+    """Per input, the tensors to read: the weights, or fp32 masters where asked for and present."""
+    if options.source == "weights":
+        return [checkpoint.tensors for checkpoint in inputs]
+    tables, with_masters = [], 0
+    for checkpoint in inputs:
+        masters = checkpoint.store.masters()
+        with_masters += bool(masters)
+        if not masters:
+            notes.append(f"{checkpoint.path} holds no fp32 masters; its weights are used")
+        unknown = sorted(masters.keys() - checkpoint.tensors.keys())
+        if unknown:
+            raise CheckpointError(f"{checkpoint.path}: {unknown[0]} has a master but no weight")
+        tables.append({**checkpoint.tensors, **masters})
+    if not with_masters:
+        raise ValueError("--source masters, but none of the inputs is a checkpoint that has them")
+    return tables
+
+
+def _vocab_size(inputs: tuple[Checkpoint, ...]) -> int | None:
+    found = {checkpoint.path: true_vocab_size(checkpoint) for checkpoint in inputs}
+    sizes = {size for size in found.values() if size is not None}
+    if len(sizes) > 1:
+        listed = ", ".join(f"{path}: {size}" for path, size in found.items() if size)
+        raise CheckpointError(f"the inputs have vocabularies of different size ({listed})")
+    return next(iter(sizes), None)
 
 
 def dtype_rule(options: MergeOptions):
@@ -127,9 +158,8 @@ def dtype_rule(options: MergeOptions):
     return lambda dtype: wanted
 
 
-def _check_same_names(init: Checkpoint, other: Checkpoint) -> None:
-    missing = sorted(init.tensors.keys() - other.tensors.keys())
-    extra = sorted(other.tensors.keys() - init.tensors.keys())
+def _check_same_names(init: Checkpoint, other: Checkpoint, expected: dict, found: dict) -> None:
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or extra:
         which = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which the init lacks"
         raise CheckpointError(
@@ -138,20 +168,16 @@ def _check_same_names(init: Checkpoint, other: Checkpoint) -> None:
         )
 
 
-def _plan_tensor(name, inputs, target, options, vocab_size, notes) -> TensorPlan:
-    sources = tuple(checkpoint.tensors[name] for checkpoint in inputs)
-    true_rows = sources[0].rows
-    if name in _VOCABULARY:
-        true_rows = _true_rows(name, sources, vocab_size, notes)
+def _check_shapes(name, sources, inputs, true_rows: int) -> None:
     for source, checkpoint in zip(sources, inputs, strict=True):
-        same_rows = source.shape[1:] == sources[0].shape[1:] and source.rows >= true_rows
-        if not (source.shape == sources[0].shape or (name in _VOCABULARY and same_rows)):
+        same = source.shape == sources[0].shape
+        if name in _VOCABULARY:  # padding may differ
+            same = source.shape[1:] == sources[0].shape[1:] and source.rows >= true_rows
+        if not same:
             raise CheckpointError(
                 f"{checkpoint.path}: {name} has shape {list(source.shape)}, the init "
                 f"{list(sources[0].shape)}; the checkpoints are not the same model"
             )
-    unit = {"layer": group_of(name), "tensor": name, "model": "model"}[options.granularity]
-    return TensorPlan(name, sources, target, true_rows, unit)
 
 
 def _true_rows(name, sources, vocab_size, notes) -> int:

@@ -20,7 +20,7 @@ from nemo_warp.core.merging import OppositeTaskVectorsError, liti_coefficients, 
 from nemo_warp.merge.engine import Engine
 from nemo_warp.merge.journal import Journal
 from nemo_warp.merge.options import MergeOptions
-from nemo_warp.merge.output import Output, record_crcs
+from nemo_warp.merge.output import Output
 from nemo_warp.merge.plan import GroupPlan, MergePlan
 from nemo_warp.merge.provenance import provenance_bytes
 from nemo_warp.merge.ranks import Meeting, World
@@ -175,8 +175,7 @@ class Run:
             return
         for index, output in enumerate(self.outputs):
             parts = [part for group in result.groups for part in group.parts[index]]
-            crcs = output.write_fixed() | record_crcs(parts)
-            output.seal(crcs, provenance_bytes(self.plan, result.groups))
+            output.seal(parts, provenance_bytes(self.plan, result.groups))
         self.journal.seal()
 
     def publish(self) -> None:
