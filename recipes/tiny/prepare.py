@@ -48,8 +48,19 @@ SETTINGS = {
     "seed": 0,
     "pretrain_share": 0.80,
     "rl_share": 0.12,  # the rest is held out
-    "vocabulary_size": 512,
     "prompt_tokens": 11,
+}
+TOKENIZER = {
+    "model_type": "bpe",
+    "vocab_size": 512,
+    "character_coverage": 1.0,
+    "normalization_rule_name": "identity",
+    "unk_id": 0,
+    "bos_id": 1,
+    "eos_id": 2,
+    "pad_id": 3,
+    "num_threads": 1,
+    "minloglevel": 2,
 }
 FILES = (
     "tokenizer.model",
@@ -78,6 +89,7 @@ def prepare(output: Path, text: Path | None, force: bool) -> int:
     """Make what is missing in ``output``; does nothing when it is complete."""
     settings = {
         **SETTINGS,
+        "tokenizer": TOKENIZER,
         "text": hash_file(_existing(text)).sha256 if text else "bible-kjv",
         "pretraining": hash_file(HERE / "pretrain.yaml").sha256,
     }
@@ -104,6 +116,11 @@ def _write_text_files(output: Path, text: Path | None) -> None:
     tokenizer = train_tokenizer(pretrain, output / "tokenizer.model")
     train_prompts = prompts_of(rl, tokenizer)
     heldout_prompts = prompts_of(heldout, tokenizer, exclude=set(train_prompts))
+    if not train_prompts or not heldout_prompts:
+        raise ValueError(
+            f"no line is longer than the {SETTINGS['prompt_tokens']} tokens of a prompt; give "
+            "--text with a sentence a line"
+        )
     _write_prompts(output / "prompts_train.jsonl", train_prompts)
     _write_prompts(output / "prompts_heldout.jsonl", heldout_prompts)
     print(
@@ -124,21 +141,14 @@ def split(lines: list[str]) -> tuple[list[str], list[str], list[str]]:
 def train_tokenizer(lines: list[str], path: Path) -> sentencepiece.SentencePieceProcessor:
     """A BPE model of the text's own characters; others become ``<unk>``. EOS ends a verse."""
     temporary = path.with_suffix(".partial")
-    with temporary.open("wb") as stream:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines),
-            model_writer=stream,
-            model_type="bpe",
-            vocab_size=SETTINGS["vocabulary_size"],
-            character_coverage=1.0,
-            normalization_rule_name="identity",
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=3,
-            num_threads=1,
-            minloglevel=2,
-        )
+    try:
+        with temporary.open("wb") as stream:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(lines), model_writer=stream, **TOKENIZER
+            )
+    except RuntimeError as error:
+        temporary.unlink()
+        raise ValueError(f"this text gives no tokenizer of 512 pieces: {error}") from error
     temporary.replace(path)
     return sentencepiece.SentencePieceProcessor(model_file=str(path))
 
@@ -233,8 +243,11 @@ def _write_prompts(path: Path, prompts: list[str]) -> None:
 
 
 def _lines_of(path: Path) -> list[str]:
-    lines = [" ".join(line.split()) for line in path.read_text(encoding="utf-8").splitlines()]
-    lines = [line for line in lines if line]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--text {path} is not UTF-8 ({error}); convert it first") from error
+    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
     if len(lines) < MINIMUM_LINES:
         raise ValueError(
             f"--text {path} has {len(lines)} lines of text, too few to learn from; "

@@ -138,6 +138,19 @@ def test_useless_texts_are_refused(tmp_path):
     short.write_text("one line\n\n")
     with pytest.raises(ValueError, match="has 1 lines of text, too few to learn from"):
         prepare.prepare(tmp_path / "out", short, force=False)
+    short.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"--text .*short.txt is not UTF-8"):
+        prepare.prepare(tmp_path / "out", short, force=False)
+    short.write_text("the same words\n" * 2000)
+    with pytest.raises(ValueError, match=r"gives no tokenizer of 512 pieces: .*[Vv]ocabulary"):
+        prepare.prepare(tmp_path / "out", short, force=False)
+
+
+def test_lines_shorter_than_a_prompt_are_refused(lines, tmp_path):
+    text = tmp_path / "words.txt"
+    text.write_text("\n".join(line.split()[0] for line in lines))
+    with pytest.raises(ValueError, match="no line is longer than the 11 tokens of a prompt"):
+        prepare.prepare(tmp_path / "out", text, force=False)
 
 
 def test_without_apt_the_way_out_is_named(tmp_path, monkeypatch):
