@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerBuilder
 from nemo_aligner.algorithms.supervised import SupervisedTrainer
-from nemo_aligner.data.nlp.builders import build_dataloader, build_train_valid_test_rm_datasets
+from nemo_aligner.data.nlp.builders import build_dataloader
+from nemo_aligner.data.nlp.datasets import RewardModelDataset
 from nemo_aligner.models.nlp.gpt.megatron_gpt_reward_model import MegatronGPTRewardModel
 from nemo_aligner.utils.distributed import Timer
 from nemo_aligner.utils.train_script_utils import (
@@ -174,18 +177,7 @@ def _supervised_trainer(
 
 
 def _dataloaders(config: Any, tree: DictConfig, model: Any) -> tuple[dict[str, Any], Any]:
-    files = {name: [str(config.pairs[name])] for name in ("train", "validation")}
-    files["test"] = files["validation"]  # the builder wants three; this one is not read
-    sets = build_train_valid_test_rm_datasets(
-        cfg=tree.model,
-        data_prefix=OmegaConf.create(files),
-        data_impl="jsonl",
-        splits_string=None,
-        train_valid_test_num_samples=[-1, -1, -1],
-        seq_length=config.max_tokens or tree.model.encoder_seq_length,
-        seed=config.seed,
-        tokenizer=model.tokenizer,
-    )
+    sets = {name: _pairs(config, tree, model, name) for name in ("train", "validation")}
     loaders = {
         name: build_dataloader(
             cfg=tree,
@@ -197,9 +189,44 @@ def _dataloaders(config: Any, tree: DictConfig, model: Any) -> tuple[dict[str, A
             use_random_sampler=name == "train",
             collate_fn=_collate,
         )
-        for name, dataset in zip(("train", "validation"), sets, strict=False)
+        for name, dataset in sets.items()
     }
-    return loaders, sets[0]
+    return loaders, sets["train"]
+
+
+def _pairs(config: Any, tree: DictConfig, model: Any, name: str) -> RewardModelDataset:
+    """The pairs of one file whose two texts both fit.
+
+    NeMo-Aligner takes another pair in place of one that does not (data/nlp/datasets.py:256), which
+    weighs its neighbours more and runs off the end of the file.
+    """
+    path = Path(config.pairs[name])
+    max_tokens = config.max_tokens or tree.model.encoder_seq_length
+    texts = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    fits = [len(model.tokenizer.text_to_ids(text["text"])) <= max_tokens for text in texts]
+    kept = [
+        place
+        for pair in range(0, len(texts), 2)
+        if all(fits[pair : pair + 2])
+        for place in (pair, pair + 1)
+    ]
+    if torch.distributed.get_rank() == 0:
+        print(f"{path}: {len(kept) // 2} of {len(texts) // 2} pairs fit {max_tokens} tokens")
+    if len(kept) // 2 < config.global_batch_size:
+        raise ValueError(
+            f"{path} has only {len(kept) // 2} pairs of at most {max_tokens} tokens, fewer than "
+            f"one batch (global_batch_size is {config.global_batch_size})"
+        )
+    return RewardModelDataset(
+        cfg=tree.model,
+        tokenizer=model.tokenizer,
+        name=name,
+        data_prefix=str(path),
+        documents=np.arange(len(kept), dtype=np.int32),
+        data=[texts[place] for place in kept],
+        seq_length=max_tokens,
+        seed=config.seed,
+    )
 
 
 def _collate(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

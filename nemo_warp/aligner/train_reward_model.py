@@ -112,7 +112,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     activate()
     from nemo_warp.aligner.reward_training import train_reward_model
 
-    train_reward_model(config)
+    try:
+        train_reward_model(config)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return exit_codes.MISCONFIGURED
     return exit_codes.DONE
 
 

@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     if not arguments.texts.is_file():
         raise ValueError(f"no text file {arguments.texts}; give one text a line")
     lines = arguments.texts.read_text(encoding="utf-8").splitlines()
-    texts = [line for line in lines if line.strip()]
+    texts = [" ".join(line.split()[: arguments.max_words]) for line in lines if line.strip()]
     score = load_callable(arguments.callable, {})
     scores, _ = score_samples(score, [""] * len(texts), tqdm(texts, "scoring", disable=None))
     pairs = labelled_pairs(texts, scores, arguments.min_gap, arguments.seed)
@@ -79,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--callable", required=True, metavar="MODULE:FUNCTION")
     parser.add_argument("--texts", required=True, type=Path, help="one text a line")
     parser.add_argument("--output", required=True, type=Path)
+    parser.add_argument("--max-words", type=int, help="score and keep only the first words")
     parser.add_argument("--min-gap", type=float, default=0.2, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args(argv)
