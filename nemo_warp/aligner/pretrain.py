@@ -18,8 +18,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from nemo_warp import exit_codes
-from nemo_warp.config import load_config, require_complete, to_plain
-from nemo_warp.records import config_hash, write_json_atomically
+from nemo_warp.config import load_config, require_complete
+from nemo_warp.records import write_json_atomically
 
 
 def pretrain(config: DictConfig, documents: dict[str, list[str]]) -> dict[str, object]:
@@ -48,7 +48,7 @@ def pretrain(config: DictConfig, documents: dict[str, list[str]]) -> dict[str, o
     trainer.fit(model)
     seconds = time.perf_counter() - start
     model.save_to(str(config.output))
-    metrics = _metrics(config, trainer, model)
+    metrics = _metrics(trainer, model)
     if trainer.is_global_zero:
         write_json_atomically(Path(config.metrics), metrics)
         print(
@@ -68,7 +68,7 @@ def read_documents(path: Path) -> list[str]:
     return documents
 
 
-def _metrics(config: DictConfig, trainer, model) -> dict[str, object]:
+def _metrics(trainer, model) -> dict[str, object]:
     from importlib.metadata import version
 
     logged = trainer.callback_metrics
@@ -77,7 +77,6 @@ def _metrics(config: DictConfig, trainer, model) -> dict[str, object]:
         "validation_loss": round(float(logged["val_loss"]), 6),
         "train_loss": round(float(logged["reduced_train_loss"]), 6),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "config_hash": config_hash(to_plain(config)),
         "versions": {name: version(name) for name in ("torch", "nemo-toolkit", "megatron-core")},
     }
 
