@@ -29,9 +29,9 @@ $(READY): constraints/cpu.txt pyproject.toml tools/setup_system.sh tools/setup_v
 doctor: setup ## what is installed, stood in for, missing
 	$(VENV)/bin/nemo-warp doctor
 
-# THE DEMO COMMAND: the one line below `demo:`.
 demo: setup ## the whole method, small, on real text: no GPU needed
-	$(VENV)/bin/nemo-warp run recipes/tiny/recipe.yaml
+	$(VENV)/bin/python recipes/tiny/prepare.py
+	$(VENV)/bin/nemo-warp run recipes/tiny
 
 test: setup ## every test, with linters as tests
 	$(VENV)/bin/python -m pytest --timeout=900 $(PYTEST_ARGS)
