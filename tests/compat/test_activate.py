@@ -2,6 +2,7 @@
 
 import json
 import os
+import queue
 import subprocess
 import sys
 from pathlib import Path
@@ -216,6 +217,24 @@ def _gather_scalars():
 @needs_no_gpu
 def test_scalars_are_gathered_over_gloo(nemo):
     assert run_ranks(_gather_scalars, 2) == [[0.0, 1.0], [0.0, 1.0]]
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")
+def test_results_of_forked_writers_arrive_in_order():
+    from nemo_warp.aligner.compat.cuda_on_cpu import _Results
+
+    results = _Results()
+    with pytest.raises(queue.Empty):
+        results.get_nowait()
+    results.put({0: "x" * 100_000})  # more than a pipe holds
+    if (child := os.fork()) == 0:
+        results.put({1: ValueError("disk full")})
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert results.get_nowait() == {0: "x" * 100_000}
+    assert str(results.get_nowait()[1]) == "disk full"
+    with pytest.raises(queue.Empty):
+        results.get_nowait()
 
 
 def test_foreach_kernels():

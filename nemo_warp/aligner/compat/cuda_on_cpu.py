@@ -11,6 +11,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import io
+import pickle
+import queue
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -57,8 +61,8 @@ def replace_in_nemo(replacements: Replacements) -> None:
     replacements.set(
         filesystem_async,
         "_get_write_results_queue",
-        _results_queue,
-        "forked: without CUDA no fresh interpreter is needed to save a checkpoint",
+        _Results,
+        "a file: no fresh interpreter is needed to save a checkpoint",
     )
 
 
@@ -213,7 +217,29 @@ def _replace_collectives(replacements: Replacements) -> None:
     )
 
 
-@functools.cache
-def _results_queue() -> Any:
-    """Megatron's queue between the writers of a checkpoint, whose manager is forked."""
-    return torch.multiprocessing.get_context("fork").Manager().Queue()
+class _Results:
+    """Megatron's queue for the results of a checkpoint's writers, as an unlinked file.
+
+    The original starts a server in a fresh interpreter on every rank, which costs seconds and
+    outlives a rank that is killed. Forked writers share the file.
+    """
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (open as long as self)
+        self._offset = 0
+
+    def __del__(self) -> None:
+        self._file.close()
+
+    def put(self, item: Any) -> None:
+        self._file.seek(0, io.SEEK_END)
+        self._file.write(pickle.dumps(item))
+
+    def get_nowait(self) -> Any:
+        self._file.seek(self._offset)
+        stream = io.BytesIO(self._file.read())
+        if not stream.getbuffer():
+            raise queue.Empty
+        item = pickle.load(stream)
+        self._offset += stream.tell()
+        return item
