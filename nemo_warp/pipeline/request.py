@@ -123,7 +123,8 @@ def _merge(recipe: Recipe, stage: Stage, contents: Contents) -> Request:
     init, init_hash = _init_of(recipe, stage.iteration, contents)
     inputs = {name: contents.published(name, path.name) for name, path in policies.items()}
     inputs |= {"init": init_hash, "sft": contents.pinned("sft")}
-    config = {**values["merge"], "eta": recipe.eta(stage.iteration)}
+    settings = {**values["merge"], "eta": recipe.eta(stage.iteration)}
+    config = {key: value for key, value in settings.items() if value is not None}
     towards = Path(values["sft"]) if config["towards"] == "sft" else None
     # The next init is written while the layers are in memory anyway: one pass gives both.
     names_by_eta = {1.0: (merge.slerp.name,), config["eta"]: (merge.next_init.name,)}

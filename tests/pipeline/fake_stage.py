@@ -44,14 +44,19 @@ def fault(run: Path, directory: Path) -> tuple[str, int]:
     return kind, int(step or 0)
 
 
-def suffer(kind: str) -> None:
+def supervisor(directory: Path) -> int:
+    newest = sorted((directory / "attempts").iterdir())[-1]
+    return json.loads((newest / "attempt.json").read_text())["pid"]
+
+
+def suffer(kind: str, directory: Path) -> None:
     if kind.startswith("exit-"):
         print(f"error: made to exit with {kind}", flush=True)
         sys.exit(int(kind.removeprefix("exit-")))
     if kind == "silent":
         sys.exit(0)
     if kind == "kill-supervisor":
-        os.kill(os.getppid(), signal.SIGKILL)
+        os.kill(supervisor(directory), signal.SIGKILL)
         time.sleep(60)
     if kind == "hang":
         while True:
@@ -73,7 +78,7 @@ def member(directory: Path, run: Path, config: dict) -> int:
     for step in range(newest(directory) + 1, steps + 1):
         time.sleep(STEP_S)
         if kind and step > at:
-            suffer(kind)
+            suffer(kind, directory)
         with (directory / "metrics.jsonl").open("a") as stream:
             record = {"step": step, "kind": "eval", "reward": step / steps, "kl_to_sft": step / 10}
             stream.write(json.dumps(record) + "\n")
@@ -82,9 +87,10 @@ def member(directory: Path, run: Path, config: dict) -> int:
         if stop and step < steps:
             return 85
     init = Path(config["init"]).read_text()
-    (directory / "policy.nemo").write_text(digest("member", init, seed, steps))
-    details = {"step": steps, "total_steps": steps, "seed": seed,
-               "prompt_order_hash": digest("order", seed)}  # fmt: skip
+    salt = os.environ.get("FAKE_SALT", "")
+    (directory / "policy.nemo").write_text(digest("member", init, seed, steps, salt))
+    order = digest("order", 0 if os.environ.get("FAKE_TWINS") else seed)
+    details = {"step": steps, "total_steps": steps, "seed": seed, "prompt_order_hash": order}
     complete(directory, ["policy.nemo"], "member", details)
     return 0
 
@@ -97,7 +103,7 @@ def merge(directory: Path, run: Path, config: dict) -> int:
         (directory / "building").mkdir(exist_ok=True)
         (directory / "building" / name).write_text(digest(name, sorted(inputs.items())))
         if kind and number == 0:
-            suffer(kind)
+            suffer(kind, directory)
         time.sleep(STEP_S)
         (directory / "building" / name).rename(directory / name)
     return 0
@@ -109,7 +115,7 @@ def evaluation(directory: Path, run: Path, config: dict) -> int:
     done = len(path.read_text().splitlines()) if path.exists() else 0
     for number, eta in enumerate(config["etas"][done:], start=done):
         if kind and number >= at:
-            suffer(kind)
+            suffer(kind, directory)
         time.sleep(STEP_S)
         with path.open("a") as stream:
             point = {"base": "init", "eta": eta, "reward": eta, "kl_to_sft": 10 * eta}

@@ -44,7 +44,9 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def make_sandbox(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory):
+    directory = tmp_path_factory.mktemp("sandboxes")  # itself not safe in threads
+
     def make(name: str, **changes) -> SlurmSandbox:
-        return SlurmSandbox(tmp_path_factory.mktemp(name), cluster, **changes)
+        return SlurmSandbox(directory / name, cluster, **changes)
 
     return make

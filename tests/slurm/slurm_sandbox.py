@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -15,6 +16,9 @@ import yaml
 from cluster import Cluster
 from sandbox import ROOT, Sandbox
 
+from nemo_warp.pipeline import slurm
+from nemo_warp.pipeline.recipe import load_recipe
+
 PATIENCE_S = 240.0
 
 
@@ -25,6 +29,7 @@ class SlurmSandbox(Sandbox):
         super().__init__(directory)
         self.cluster = cluster
         cluster_changes = changes.pop("cluster_changes", {})
+        self.patience_s = changes.pop("patience_s", PATIENCE_S)
         file = directory / "cluster.yaml"
         values = {
             "account": "default",
@@ -60,7 +65,7 @@ class SlurmSandbox(Sandbox):
         return next(s for s in self.state()["stages"] if s["name"] == name)
 
     def wait_for(self, condition: Callable[[], Any], what: str) -> Any:
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + self.patience_s
         while True:
             value = condition()
             if value:
@@ -86,12 +91,10 @@ class SlurmSandbox(Sandbox):
     def jobs(self) -> list[str]:
         """``name id state`` of this run's jobs."""
         lines = self.cluster.command("squeue", "-h", "-r", "-o", "%j %i %T").splitlines()
-        return [line for line in lines if self.tag() in line]
+        return [line for line in lines if self.tag in line]
 
+    @functools.cached_property
     def tag(self) -> str:
-        from nemo_warp.pipeline import slurm
-        from nemo_warp.pipeline.recipe import load_recipe
-
         return slurm.run_tag(load_recipe(self.recipe))
 
     def attempt(self, stage: str, index: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -47,7 +48,7 @@ def time_limit(make) -> None:
     sandbox = make(
         "limit",
         member={
-            "run": {"total_steps": 50, "save_interval": 50},
+            "run": {"total_steps": 140, "save_interval": 140},
             "trainer": {"devices": 1, "accelerator": "cpu"},
         },
         resources={"member": {"time": "00:01:00"}, "driver": {"memory": None}},
@@ -67,8 +68,7 @@ def time_limit(make) -> None:
 
 
 def requeued_by_hand(make) -> None:
-    sandbox = make("requeue", cluster_changes={"environment": SLOW})
-    sandbox.save(member=_member(12))
+    sandbox = make("requeue", cluster_changes={"environment": SLOW}, member=_member(50))
     sandbox.submit()
     sandbox.wait_until_running("iteration_01/member_01")
     sandbox.wait_until_running("iteration_01/member_02")
@@ -82,7 +82,12 @@ def requeued_by_hand(make) -> None:
 def reward_server_killed(make) -> None:
     reward = {"weight": 1.0, "callable": "nemo_warp.rewards.library:vader_compound"}
     sandbox = make("reward", rewards={"vader": reward}, members=1, evaluation=EVALUATION)
-    sandbox.save(member=_member(60), cluster_overrides={"environment": SLOW})
+    retries = {"without_progress": 2, "stop_grace_s": 60, "ready_deadline_s": 120}
+    sandbox.save(
+        member=_member(60),
+        retries=retries,
+        cluster_overrides={"environment": {"FAKE_STEP_S": "0.2"}},
+    )
     sandbox.submit()
     sandbox.wait_until_running("iteration_01/member_01")
     attempt = sandbox.run_directory / "iteration_01/member_01/attempts/001"
@@ -110,8 +115,8 @@ def merge_killed(make) -> None:
 
 
 def driver_cancelled(make) -> None:
-    sandbox = make("driver")
-    sandbox.save(iterations=2)
+    slow = {"environment": SLOW}
+    sandbox = make("driver", cluster_changes=slow, iterations=2, member=_member(30))
     sandbox.submit()
 
     def pending_driver() -> str | None:
@@ -182,7 +187,13 @@ def config_edited(make) -> None:
 
 def never_begins(make) -> None:
     """Jobs that die before they can make an attempt do not go round for ever."""
-    sandbox = make("broken", cluster_changes={"python": "/no/such/python"})
+    sandbox = make("broken")
+    python = sandbox.directory / "python"
+    python.write_text(
+        f'#!/bin/sh\ncase "$*" in *pipeline.task*) exit 127 ;; esac\nexec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    sandbox.save(cluster_overrides={"python": str(python)})
     sandbox.submit()
     sandbox.wait_for(lambda: "rounds in which no stage began" in sandbox.history(), "the driver")
     sandbox.wait_until_queue_is_empty()
@@ -232,7 +243,7 @@ def test_node_down_and_back(running: dict[object, Future], make_sandbox) -> None
     from slurm_sandbox import kill_tree, parent
 
     sandbox: SlurmSandbox = make_sandbox(
-        "node", cluster_changes={"exclusive": True, "environment": SLOW}, member=_member(30)
+        "node", cluster_changes={"exclusive": True, "environment": SLOW}, member=_member(80)
     )
     cluster = sandbox.cluster
     sandbox.submit()
