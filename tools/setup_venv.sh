@@ -46,8 +46,10 @@ if [[ -n ${TORCH_INDEX_URL-} ]]; then
 fi
 "${install[@]}" --no-deps --retries 1 "${cpu_index[@]}" "$torch"
 
-# 2. everything else, without dependency resolution: NeMo's own pins contradict each other
-"${install[@]}" --no-deps -r $lock
+# 2. everything else, without dependency resolution: NeMo's own pins contradict each other. What
+# has to be built (pure Python, all of it) is built with the lock's setuptools.
+"${install[@]}" --no-deps "$(grep '^setuptools==' $lock)"
+"${install[@]}" --no-deps --no-build-isolation -r $lock
 
 # 3. PyPI's torch cannot be imported without CUDA libraries, which the lock leaves out
 if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
@@ -56,4 +58,4 @@ if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
 fi
 
 # 4. this package
-"${install[@]}" --no-deps -e .
+"${install[@]}" --no-deps --no-build-isolation -e .
