@@ -57,7 +57,7 @@ def run_ranks(
         pipes.append(receiver)
     grace = 0.0
     try:
-        results = _collect(pipes, timeout)
+        results = _collect(pipes, ranks, timeout)
         grace = 10.0
         return results
     finally:
@@ -102,21 +102,30 @@ def _rank_main(
     sender.close()
 
 
-def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
+def _collect(pipes: list[Connection], ranks: list[Any], timeout: float) -> list[Any]:
     deadline = time.monotonic() + timeout
     results: dict[int, Any] = {}
+    # A killed rank's pipe stays open in processes it started: watch the rank itself too.
+    ended = [os.pidfd_open(process.pid) for process in ranks]
     while len(results) < len(pipes):
-        running = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in results}
-        ready = wait(list(running), timeout=max(0.0, deadline - time.monotonic()))
+        running = [rank for rank in range(len(pipes)) if rank not in results]
+        awaited = [pipes[rank] for rank in running] + [ended[rank] for rank in running]
+        ready = wait(awaited, timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
-            raise RankError(f"ranks {sorted(running.values())} not done after {timeout:.0f} s")
-        for pipe in ready:
-            results[running[pipe]] = _receive(pipe, running[pipe])
+            raise RankError(f"ranks {running} not done after {timeout:.0f} s")
+        for rank in running:
+            if pipes[rank] in ready or ended[rank] in ready:
+                results[rank] = _receive(pipes[rank], rank)
+    for descriptor in ended:
+        os.close(descriptor)
     return [results[rank] for rank in range(len(pipes))]
 
 
 def _receive(pipe: Connection, rank: int) -> Any:
+    """A rank's message, which is in the pipe if it sent one before it ended."""
     try:
+        if not pipe.poll():
+            raise EOFError
         done, value = pickle.loads(pipe.recv_bytes())
     except EOFError:
         raise RankError(f"rank {rank} died without a word (killed?)") from None

@@ -52,8 +52,9 @@ def lock_directory(directory: Path, config: Any) -> IO[str]:
     if not is_first_rank():
         return lock
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        # POSIX locks die with their process; flock would live on in children it left behind
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
         lock.close()
         raise ValueError(
             f"another run is using {directory}; wait for it, or choose another directory"

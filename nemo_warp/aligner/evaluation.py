@@ -16,14 +16,13 @@ from nemo_warp.aligner.rewards import RewardSource
 from nemo_warp.aligner.rollouts import Rollouts, gather_rows, generate, local_rows
 from nemo_warp.aligner.weights import GatheredWeights, ShardedWeights
 from nemo_warp.core.reinforce import sequence_kl
-from nemo_warp.rewards.settings import RewardClientSettings
 
 
 class Evaluator:
     """Measures the weights that are in ``model`` when `evaluate` is called.
 
     Args:
-        config: the section ``evaluation``, and ``reward_client`` for the failure budget.
+        config: holds the section ``evaluation``.
         prompts: the held-out prompts in use; their number is a multiple of the micro batch size
             times the data-parallel size.
         sft: weights of the SFT policy.
@@ -42,7 +41,6 @@ class Evaluator:
         self.prompts = prompts
         self.rewards = rewards
         self.sft = sft
-        self.budget = RewardClientSettings.from_config(config.reward_client).failure_budget()
 
     @torch.no_grad()
     def evaluate(self, anchor: ShardedWeights | None = None) -> dict[str, Any]:
@@ -65,8 +63,7 @@ class Evaluator:
             self.config.micro_batch_size,
             seed_parts=(self.config.seed, "evaluation"),
         )
-        failed = rollouts.failed.tolist()
-        self.budget.record(failed, self.rewards.take_reasons(failed))
+        self.rewards.check(rollouts.failed)
         values = self._rewards(rollouts) | self._divergences(rollouts, anchor)
         values["samples"] = self._samples(rollouts)
         self.model.finish_inference()

@@ -12,8 +12,9 @@ from nemo_aligner.utils.parallel_state import get_model_parallel_src_rank
 from torch import Tensor
 
 from nemo_warp.aligner.prompts import Prompt
-from nemo_warp.rewards import RewardError
+from nemo_warp.rewards import RewardError, RewardFailureRateError
 from nemo_warp.rewards.mixture import RewardMixture
+from nemo_warp.rewards.settings import RewardClientSettings
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class RewardSource:
             self._mixture = RewardMixture.from_config(
                 config.rewards, config.reward_client, run_id=run_id
             )
-        self._reasons: list[str] = []  # of the failures since the last take_reasons
+        self._budget = RewardClientSettings.from_config(config.reward_client).failure_budget()
+        self._reasons: list[str] = []  # of the failures since the last check
 
     def connect(self) -> None:
         """Wait until every server is ready and is the expected one, on all ranks or none.
@@ -89,19 +91,32 @@ class RewardSource:
 
         return PendingRewards(wait)
 
-    def take_reasons(self, failed: list[bool]) -> list[str]:
-        """Why each sample of the global batch failed ("" where it did not). Collective.
+    def check(self, failed: Tensor) -> None:
+        """Count the failures of a global batch. Collective.
 
         Args:
-            failed: of the requests since the last call, in data-parallel rank order.
+            failed: bool [B], of the requests since the last call, in data-parallel rank order.
+
+        Raises:
+            RewardFailureRateError: on every rank: too many failed of late, or all of this batch.
         """
-        if not any(failed):
+        reasons = self._gather_reasons(failed)
+        self._budget.record(failed.tolist(), reasons)
+        if failed.all():
+            raise RewardFailureRateError(
+                f"none of {len(failed)} rewards could be had (the first: {reasons[0]}); mend the "
+                "reward server and run again"
+            )
+
+    def _gather_reasons(self, failed: Tensor) -> list[str]:
+        """Why each sample failed, "" where it did not."""
+        if not failed.any():
             return [""] * len(failed)
         parts: list[list[str]] = [[]] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(parts, self._reasons)
         self._reasons = []
         reasons = iter([reason for part in parts for reason in part])
-        return [next(reasons) if one else "" for one in failed]
+        return [next(reasons) if one else "" for one in failed.tolist()]
 
     def close(self) -> None:
         """End the connections."""

@@ -34,7 +34,6 @@ from nemo_warp.aligner.weights import ShardedWeights
 from nemo_warp.core.reinforce import compute_advantages, sequence_kl, token_weights
 from nemo_warp.core.seeds import prompt_indices
 from nemo_warp.rewards import RewardFailureRateError
-from nemo_warp.rewards.settings import RewardClientSettings
 
 
 class Outcome(Enum):
@@ -102,7 +101,6 @@ class WarpReinforceTrainer(ReinforceTrainer):
         self.step = step
         self.evaluated = evaluated
         self.reinforce_optimization_step = step
-        self.budget = RewardClientSettings.from_config(config.reward_client).failure_budget()
         self.checkpoints = Path(config.run.directory) / "checkpoints"
         self.timings = Timings()
 
@@ -159,9 +157,7 @@ class WarpReinforceTrainer(ReinforceTrainer):
         clear_memory()
         with self.timings.measure("rollout"):
             rollouts = self.generate_rollouts()
-        self.budget.record(
-            rollouts.failed.tolist(), self.rewards.take_reasons(rollouts.failed.tolist())
-        )
+        self.rewards.check(rollouts.failed)
         with self.timings.measure("log_prob"):
             batch = self.prepare_batch(rollouts)
         with self.timings.measure("train"):

@@ -22,11 +22,20 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from nemo.utils import logging
+from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_warp.aligner.anchor import EmaAnchor
 from nemo_warp.records import RecordError, fsync_directory, write_json_atomically
 
 STATE_FILE = "trainer_state.json"
+_UNREADABLE = (
+    CheckpointingException,  # Megatron's
+    CheckpointException,  # torch's, which is no Exception
+    KeyError,
+    OSError,
+    EOFError,
+    RuntimeError,
+)
 _NAME = re.compile(r"step_(\d{8})")
 
 
@@ -115,14 +124,11 @@ def load(checkpoint: Path, model: Any, anchor: EmaAnchor | None) -> None:
     }
     try:
         loaded = io.load_checkpoint(str(checkpoint), sharded_state_dict=state)
-    except (CheckpointingException, KeyError, OSError, EOFError, RuntimeError) as error:
+    except _UNREADABLE as error:
         raise RecordError(f"{checkpoint} cannot be restored: {error}") from error
     model.on_load_checkpoint(loaded)
     optimizer = model.optimizers(use_pl_optimizer=False)
-    optimizer.load_state_dict(loaded["optimizer_states"][0])
-    if loaded["optimizer_step"] is not None:
-        for parameter_state in _parameter_states(optimizer):
-            parameter_state["step"] = torch.tensor(loaded["optimizer_step"])
+    optimizer.load_state_dict(_with_step(loaded["optimizer_states"][0], loaded["optimizer_step"]))
     model.lr_schedulers().load_state_dict(loaded["lr_schedulers"][0])
     logging.info(f"resumed from {checkpoint}")
 
@@ -132,7 +138,7 @@ def _load_anchor(checkpoint: Path, io: Any, anchor: EmaAnchor) -> None:
         loaded = io.load_checkpoint(
             str(checkpoint), sharded_state_dict={"anchor": anchor.sharded_state_dict()}
         )
-    except (CheckpointingException, KeyError, OSError, EOFError, RuntimeError) as error:
+    except _UNREADABLE as error:
         raise RecordError(
             f"{checkpoint} holds no complete anchor ({error}). Resuming without it would silently "
             "reset the KL reference to the initialisation; resume from another checkpoint, or "
@@ -169,21 +175,33 @@ def _without_steps(optimizer: Any) -> Iterator[None]:
     Megatron-core 0.11 wants every tensor of an optimizer's state in the shape of its parameter
     (dist_checkpointing/optimizer.py l.92); NeMo's own optimizers count per group.
     """
-    states = _parameter_states(optimizer)
-    steps = [state.pop("step", None) for state in states]
+    step = _common_step(optimizer)
+    for state in _parameter_states(optimizer):
+        state.pop("step", None)
     try:
         yield
     finally:
-        for state, step in zip(states, steps, strict=True):
-            if step is not None:
-                state["step"] = step
+        if step is not None:
+            for state in _parameter_states(optimizer):
+                state["step"] = torch.tensor(step)
 
 
 def _common_step(optimizer: Any) -> float | None:
-    """The step counter of torch's Adam, the same for all parameters; None if there is none."""
+    """The step counter of torch's Adam, the same for all parameters; None for other optimizers."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if not isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
+        return None
     steps = {float(state["step"]) for state in _parameter_states(optimizer) if "step" in state}
     assert len(steps) <= 1, f"parameters were updated {steps} times"
-    return steps.pop() if steps else None
+    return steps.pop() if steps else 0.0
+
+
+def _with_step(state: dict[str, Any], step: float | None) -> dict[str, Any]:
+    """A loaded optimizer state, torch's step counters put back in place."""
+    if step is not None:
+        for parameter_state in state.get("optimizer", state)["state"].values():
+            parameter_state["step"] = torch.tensor(step)
+    return state
 
 
 def _parameter_states(optimizer: Any) -> list[dict[str, Any]]:

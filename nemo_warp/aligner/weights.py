@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
 
@@ -135,7 +137,12 @@ class ShardedWeights:
         Megatron's.
         """
         with self.in_place(torch.float32):
-            return self._model.sharded_state_dict(prefix=prefix)
+            state = self._model.sharded_state_dict(prefix=prefix)
+            # The entries hold the parameters themselves, which soon point elsewhere again.
+            for entry in nested_values(state):
+                if isinstance(entry, ShardedTensor | ShardedTensorFactory):
+                    entry.data = entry.data.detach()
+            return state
 
     @torch.no_grad()
     def load_state_dict_(

@@ -30,6 +30,7 @@ class Layout:
         return f"tp{self.tensor}-pp{self.pipeline}-dp{self.data}"
 
 
+SINGLE = Layout()
 LAYOUTS = [Layout(2), Layout(1, 2), Layout(1, 1, 2), Layout(2, 2), Layout(1, 1, 4)]
 
 
@@ -43,8 +44,8 @@ class Materials:
     heldout: Path
 
 
-def member_config(materials: Materials, directory: Path, layout: Layout = Layout(), **changes: Any):
-    """A complete member configuration; ``changes`` are sections or ``a.b=c`` strings in ``also``."""
+def member_config(materials: Materials, directory: Path, layout: Layout = SINGLE, **changes: Any):
+    """A complete member configuration; ``changes`` are sections, ``also`` holds ``a.b=c``."""
     base = {
         "run": {
             "name": "test",
