@@ -6,14 +6,21 @@ result = merge(init="sft.nemo", policies=["a.nemo", "b.nemo"], output="merged.ne
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from nemo_warp.merge.meter import Meter, summary
 from nemo_warp.merge.options import MergeOptions, outputs_of
-from nemo_warp.merge.plan import make_plan
-from nemo_warp.merge.ranks import world_from_environment
-from nemo_warp.merge.run import MergeResult, execute, open_inputs
+from nemo_warp.merge.plan import MergePlan, make_plan
+from nemo_warp.merge.ranks import World, world_from_environment
+from nemo_warp.merge.report import write_report
+from nemo_warp.merge.run import MergeResult, Run, execute, open_inputs
+from nemo_warp.merge.statistics import merge_statistics
+from nemo_warp.merge.verify import verify_outputs
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["MergeOptions", "MergeResult", "merge"]
 
@@ -25,6 +32,7 @@ def merge(
     *,
     eta: float | Sequence[float] = 0.3,
     workers: int | None = None,
+    report: str | Path | None = None,
     dry_run: bool = False,
     **options,
 ) -> MergeResult | None:
@@ -36,11 +44,12 @@ def merge(
         output: path of the output; with several etas it holds ``{eta}``.
         eta: LITI coefficients, all written in one read of the inputs.
         workers: threads; None uses every CPU this process may use.
+        report: folder for report.json, table and pictures.
         dry_run: check and plan only.
         **options: the other fields of `MergeOptions`.
 
     Returns:
-        What was measured, or None for a dry run.
+        What was measured; None for a dry run and for ranks above 0.
 
     Raises:
         ValueError: the options are wrong or do not fit the inputs.
@@ -54,12 +63,44 @@ def merge(
         outputs=outputs_of(str(output), etas),
         liti_towards=None if anchor is None else Path(anchor),
         workers=workers or len(os.sched_getaffinity(0)),
+        report=None if report is None else Path(report),
         **options,
     )
     plan = make_plan(chosen, open_inputs(chosen))
+    _log_plan(plan)
+    world = world_from_environment()
     if dry_run:
+        Run(plan, world).check_targets()
         return None
-    run, result = execute(plan, world_from_environment())
-    if result is not None:
-        run.publish()
+    return _carry_out(plan, world)
+
+
+def _carry_out(plan: MergePlan, world: World) -> MergeResult | None:
+    meter = Meter(plan) if world.rank == 0 else None
+    run, result = execute(plan, world)
+    if meter is None:
+        return None
+    options = plan.options
+    if options.verify is not None:
+        count = verify_outputs(plan, result.units, run.written(), options.verify)
+        logger.info("verified %d tensors per output against a recomputation", count)
+    run.publish()
+    result.timing = meter.read(run.outputs[0].final.parent)
+    if options.report is not None:
+        write_report(result, options.report, result.timing)
+    for warning in merge_statistics(result)["warnings"]:
+        if warning not in plan.notes:  # these were shown before the merge
+            logger.warning("%s", warning)
+    logger.info("%s", summary(result.timing))
     return result
+
+
+def _log_plan(plan: MergePlan) -> None:
+    numel = sum(tensor.target.numel for group in plan.groups for tensor in group.tensors)
+    logger.info(
+        "%d parameters in %d groups; reading %.2f GB from %d inputs, writing %d x %.2f GB",
+        *(numel, len(plan.groups), plan.input_bytes / 1e9, len(plan.inputs)),
+        *(len(plan.options.outputs), plan.output_bytes / 1e9),
+    )
+    for note in plan.notes:
+        logger.info("note: %s", note)

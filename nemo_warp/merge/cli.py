@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from nemo_warp import exit_codes
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.merge import merge
 from nemo_warp.merge.options import DTYPES, GRANULARITIES, METHODS, ROUNDINGS, SOURCES
+from nemo_warp.merge.ranks import RankFailure
 
 _EPILOG = """\
 examples:
@@ -60,12 +62,13 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     parsed = vars(build_parser().parse_args(arguments))
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
     try:
         merge(**parsed)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return exit_codes.MISCONFIGURED
-    except (CheckpointError, OSError) as error:
+    except (CheckpointError, RankFailure, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return exit_codes.FAILED
     return exit_codes.DONE

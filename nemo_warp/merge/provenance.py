@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,8 +26,8 @@ def weights_digest(tensors: Iterable[dict[str, str]]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def provenance_bytes(plan: MergePlan, groups: list[GroupResult]) -> bytes:
-    """Inputs, options and versions as JSON, without times and hosts: equal merges, equal bytes."""
+def provenance(plan: MergePlan, groups: list[GroupResult]) -> dict[str, Any]:
+    """Inputs with hashes, options and versions, without times and hosts."""
     roles = ["init", *(f"policy_{m}" for m in range(1, len(plan.options.policies) + 1))]
     if plan.options.liti_towards is not None:
         roles.append("liti_towards")
@@ -38,5 +39,9 @@ def provenance_bytes(plan: MergePlan, groups: list[GroupResult]) -> bytes:
         for index, (role, checkpoint) in enumerate(zip(roles, plan.inputs, strict=True))
     ]
     versions = {"nemo_warp": code_version(), "torch": torch.__version__, "numpy": np.__version__}
-    record = {"inputs": inputs, "options": plan.options.recorded(), "versions": versions}
-    return (json.dumps(record, indent=2, sort_keys=True) + "\n").encode()
+    return {"inputs": inputs, "options": plan.options.recorded(), "versions": versions}
+
+
+def provenance_bytes(plan: MergePlan, groups: list[GroupResult]) -> bytes:
+    """`provenance` as JSON: equal merges, equal bytes."""
+    return (json.dumps(provenance(plan, groups), indent=2, sort_keys=True) + "\n").encode()

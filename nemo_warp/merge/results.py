@@ -37,6 +37,11 @@ class UnitResult:
         self.changed = self.changed + other.changed
         self.num_elements += other.num_elements
 
+    def task_vector_square(self) -> float:
+        """Squared norm of the merged task vector."""
+        vector = self._task_vector()
+        return float(vector @ self.gram @ vector)
+
     def realised_etas(self, towards: int) -> list[float | None]:
         """Projection of (rounded output - anchor) on the exact task vector, over its square.
 
@@ -45,14 +50,18 @@ class UnitResult:
         Args:
             towards: index of the LITI anchor among the inputs; 0 is theta_init.
         """
-        vector = _in_deltas(self.coefficients[-1])
-        vector[0] = 0.0  # the coefficients of a task vector sum to zero, up to rounding
+        vector, square = self._task_vector(), self.task_vector_square()
         anchor = _in_deltas(np.eye(len(vector))[towards])
-        square = vector @ self.gram @ vector
         if square <= 0.0:
             return [None] * len(self.projections)
         offset = anchor @ self.gram @ vector
         return [float((projection - offset) / square) for projection in self.projections]
+
+    def _task_vector(self) -> np.ndarray:
+        """The merged task vector's coefficients over (theta_init, deltas)."""
+        vector = _in_deltas(self.coefficients[-1])
+        vector[0] = 0.0  # the coefficients over the inputs sum to zero, up to rounding
+        return vector
 
 
 @dataclass

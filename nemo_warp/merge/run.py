@@ -8,8 +8,9 @@ import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,10 +36,12 @@ class MergeResult:
 
     Attributes:
         groups: in canonical order.
+        timing: see `nemo_warp.merge.meter.Meter.read`.
     """
 
     plan: MergePlan
     groups: list[GroupResult]
+    timing: dict[str, Any] = field(default_factory=dict)
 
     @property
     def units(self) -> dict[str, UnitResult]:
@@ -80,11 +83,14 @@ class Run:
 
         Raises:
             ValueError: an output exists and may not be replaced.
+            OSError: the outputs do not fit on the disk.
         """
         allowed = self.options.overwrite or self.journal.is_sealed()
         for output in self.outputs:
             if output.final.exists() and not allowed:
                 raise ValueError(f"{output.final} exists; pass --overwrite to replace it")
+        if not self.journal.is_sealed():
+            _check_space(self.outputs)
 
     def prepare(self) -> None:
         """Rank 0: resume the outputs of a killed run of the same plan, or start afresh.
@@ -98,7 +104,6 @@ class Run:
         if not resumable:
             for output in self.outputs:
                 output.clear()
-        _check_space(self.outputs)
         if not resumable:
             self.journal.start()
         for output in self.outputs:
@@ -177,6 +182,11 @@ class Run:
             parts = [part for group in result.groups for part in group.parts[index]]
             output.seal(parts, provenance_bytes(self.plan, result.groups))
         self.journal.seal()
+
+    def written(self) -> dict[float, Path]:
+        """Eta -> where its complete output is now."""
+        pairs = zip(self.options.etas, self.outputs, strict=True)
+        return {eta: o.content if o.content.exists() else o.final for eta, o in pairs}
 
     def publish(self) -> None:
         """Rank 0: give the outputs their names, then forget the journal."""
@@ -306,8 +316,7 @@ def _check_space(outputs: list[Output]) -> None:
     """
     needed: dict[int, int] = {}
     for output in outputs:
-        folder = output.final.parent
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = next(path for path in output.final.absolute().parents if path.is_dir())
         device = folder.stat().st_dev
         needed[device] = needed.get(device, 0) + output.missing_bytes()
         free = shutil.disk_usage(folder).free

@@ -1,0 +1,126 @@
+"""The report's numbers, from Gram matrices: angles, norms, ratios, realised eta, changed share."""
+
+from __future__ import annotations
+
+import math
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from nemo_warp.checkpoints.names import depth_of
+from nemo_warp.core.merging import angle, full_weight_gram
+from nemo_warp.merge.results import UnitResult, exact_sum
+from nemo_warp.merge.run import MergeResult
+
+REALISED_TOLERANCE = 0.05
+WIDE_DEGREES = 120.0
+
+
+def unit_statistics(unit: UnitResult, etas: tuple[float, ...], towards: int, num_policies: int):
+    """What the report says about one unit.
+
+    Returns:
+        ``pairs``: per pair of policies, angle (degrees), cosine and norm ratio of task vectors
+        and of full weights; ``norms``: of theta_init and of each task vector; ``outputs``: per
+        eta, realised eta and the share of weights that differ from theta_init.
+    """
+    size = 1 + num_policies
+    gram = unit.gram[:size, :size]
+    full, deltas = full_weight_gram(gram), gram[1:, 1:]
+    realised = unit.realised_etas(towards)
+    return {
+        "num_elements": unit.num_elements,
+        "norms": {
+            "init": math.sqrt(gram[0, 0]),
+            "task_vectors": [math.sqrt(value) for value in deltas.diagonal()],
+        },
+        "coefficients": unit.coefficients[-1][1:size].tolist(),
+        "pairs": [
+            {
+                "policies": [i + 1, j + 1],
+                "task_vectors": pair_statistics(deltas[np.ix_([i, j], [i, j])]),
+                "weights": pair_statistics(full[np.ix_([i, j], [i, j])]),
+            }
+            for i, j in combinations(range(num_policies), 2)
+        ],
+        "outputs": [
+            {"eta": eta, "realised_eta": real, "changed_share": int(changed) / unit.num_elements}
+            for eta, real, changed in zip(etas, realised, unit.changed, strict=True)
+        ],
+    }
+
+
+def pair_statistics(gram: np.ndarray) -> dict[str, float | None]:
+    """Angle in degrees, cosine and norm ratio |b| / |a|; None where a vector is zero."""
+    omega = angle(gram)
+    if omega is None:
+        return {"angle": None, "cosine": None, "norm_ratio": None}
+    ratio = math.sqrt(gram[1, 1] / gram[0, 0])
+    return {"angle": math.degrees(omega), "cosine": math.cos(omega), "norm_ratio": ratio}
+
+
+def merge_statistics(result: MergeResult) -> dict[str, Any]:
+    """The whole report as plain values: per unit, over the whole model, and warnings."""
+    options, units = result.plan.options, result.units
+    num_policies = len(options.policies)
+    towards = 0 if options.liti_towards is None else 1 + num_policies
+    rows = {
+        name: unit_statistics(unit, options.etas, towards, num_policies)
+        for name, unit in units.items()
+    }
+    for name, row in rows.items():
+        row["depth"] = depth_of(name)
+    whole = _whole_model(list(units.values()))
+    model = unit_statistics(whole, options.etas, towards, num_policies)
+    for output, realised in zip(model["outputs"], _mean_realised(units, towards), strict=True):
+        output["realised_eta"] = realised
+    model.pop("coefficients")  # each unit has its own
+    return {"units": rows, "model": model, "warnings": _warnings(rows, model, result)}
+
+
+def _whole_model(units: list[UnitResult]) -> UnitResult:
+    return UnitResult(
+        exact_sum([unit.gram for unit in units]),
+        units[0].coefficients,
+        sum(unit.projections for unit in units),
+        sum(unit.changed for unit in units),
+        sum(unit.num_elements for unit in units),
+    )
+
+
+def _mean_realised(units: dict[str, UnitResult], towards: int) -> list[float | None]:
+    """Realised eta over the model: the units' mean, weighted by their task vectors' squares."""
+    pairs = [(unit.realised_etas(towards), unit.task_vector_square()) for unit in units.values()]
+    pairs = [(etas, square) for etas, square in pairs if square > 0.0]
+    total = math.fsum(square for _, square in pairs)
+    count = len(next(iter(units.values())).projections)
+    if total == 0.0:
+        return [None] * count
+    return [math.fsum(etas[k] * square for etas, square in pairs) / total for k in range(count)]
+
+
+def _warnings(rows: dict[str, dict], model: dict, result: MergeResult) -> list[str]:
+    options, warnings = result.plan.options, list(result.plan.notes)
+    for output in model["outputs"]:
+        eta, realised = output["eta"], output["realised_eta"]
+        if eta and realised is not None and abs(realised / eta - 1.0) > REALISED_TOLERANCE:
+            remedy = "--dtype float32"
+            if options.rounding == "nearest":
+                remedy += " or --rounding stochastic"
+            warnings.append(
+                f"eta {eta:g} is realised as {realised:.3g}: rounding to the output dtype swallows "
+                f"or inflates small updates; use {remedy}"
+            )
+    for name, row in rows.items():
+        for pair in row["pairs"]:
+            degrees = pair["task_vectors"]["angle"]
+            if degrees is not None and degrees > WIDE_DEGREES:
+                warnings.append(
+                    f"{name}: policies {pair['policies'][0]} and {pair['policies'][1]} are "
+                    f"{degrees:.0f} degrees apart; SLERP's coefficients exceed 1"
+                )
+    zero = [name for name, row in rows.items() if 0.0 in row["norms"]["task_vectors"]]
+    if zero:
+        warnings.append(f"no change in some policy, merged with LERP: {', '.join(zero)}")
+    return warnings
