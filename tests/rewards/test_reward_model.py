@@ -50,6 +50,8 @@ def reward_model(nemo, tmp_path_factory) -> Path:
         vader = ["--callable", "nemo_warp.rewards.library:vader_compound", "--min-gap", "0.2"]
         files = ["--texts", directory / f"{name}.txt", "--output", directory / f"{name}.jsonl"]
         assert pairs.main([*vader, *map(str, files)]) == exit_codes.DONE
+    with (directory / "validation.jsonl").open("a") as stream:  # upstream runs off the end here
+        stream.write(json.dumps({"text": "far too long " * 64}) + "\n" + '{"text": "bad"}\n')
     tokenizer = tiny_models.write_tokenizer(directory)
     tied = partial(tiny_models.save_tiny_nemo, share_embeddings_and_output_weights=True)
     run_ranks(tied, 1, directory / "base.nemo", tokenizer)
