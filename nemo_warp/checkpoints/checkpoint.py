@@ -27,6 +27,7 @@ _YamlLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 MERGEABLE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 CONFIG = "model_config.yaml"
 PROVENANCE = "warp_merge.json"
+_MAX_YAML_DEPTH = 64
 WEIGHTS = "model_weights"
 
 
@@ -155,12 +156,24 @@ def _refuse_unmergeable(path: Path, tensors: dict[str, LogicalTensor]) -> None:
             )
 
 
+def _refuse_yaml_bombs(text: bytes) -> None:
+    """Raise on YAML whose loading could take forever: deep nesting, and ``<<`` merge keys."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_YamlLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MAX_YAML_DEPTH or getattr(event, "value", None) == "<<":
+            raise yaml.YAMLError("nested too deeply, or with merge keys, for a NeMo configuration")
+
+
 def _config(archive: Archive) -> dict[str, Any]:
     if CONFIG not in archive.members:
         return {}
     try:
-        config = yaml.load(archive.read(CONFIG, limit=1 << 22), Loader=_YamlLoader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        text = archive.read(CONFIG, limit=1 << 22)
+        _refuse_yaml_bombs(text)
+        config = yaml.load(text, Loader=_YamlLoader)
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{archive.path}: {CONFIG} is not readable YAML ({error})") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{archive.path}: {CONFIG} is not a mapping")

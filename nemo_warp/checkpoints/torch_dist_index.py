@@ -92,7 +92,8 @@ class TorchDistIndex:
         if not isinstance(storage, dict):
             raise CheckpointError(f"{self.where}: .metadata locates no data")
         for index, info in storage.items():
-            if not isinstance(index, dcp.MetadataIndex) or not isinstance(info, _StorageInfo):
+            known = isinstance(index, dcp.MetadataIndex) and isinstance(info, _StorageInfo)
+            if not known or not isinstance(vars(info).get("relative_path"), str):
                 raise CheckpointError(f"{self.where}: .metadata has a malformed storage entry")
             if getattr(info, "transform_descriptors", None):
                 raise CheckpointError(f"{self.where}: {index.fqn} is stored compressed")
@@ -104,9 +105,11 @@ class TorchDistIndex:
             yield Item(index.fqn, chunk, info.relative_path, self._range(index.fqn, info))
 
     def _range(self, key: str, info: _StorageInfo) -> Record:
-        numbers, name = (info.offset, info.length), info.relative_path
-        file = self.members.get(name) if isinstance(name, str) else None
-        if file is None or not all(isinstance(n, int) and n >= 0 for n in numbers):
+        name = info.relative_path
+        numbers = (getattr(info, "offset", None), getattr(info, "length", None))
+        if not all(isinstance(n, int) and n >= 0 for n in numbers):
+            raise CheckpointError(f"{self.where}: {key} lies at a malformed place")
+        if (file := self.members.get(name)) is None:
             raise CheckpointError(f"{self.where}: {key} lies in {name!r}, which is not there")
         if info.offset + info.length > file.size:
             raise CheckpointError(

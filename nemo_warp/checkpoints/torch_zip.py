@@ -39,12 +39,14 @@ class TorchZip:
         folder: the leading folder of all entries, ``archive`` or the file's stem.
         pickle: contents of ``data.pkl``.
         root: its object tree, with tensors as `StoredTensor`.
+        what: its name for messages.
     """
 
     entries: dict[str, Record]
     folder: str
     pickle: bytes
     root: Any
+    what: str
 
     def storage(self, key: str) -> Record:
         """Bytes of the storage ``key``.
@@ -55,7 +57,7 @@ class TorchZip:
         try:
             return self.entries[f"{self.folder}/data/{key}"]
         except KeyError:
-            raise CheckpointError(f"{self.folder}/data/{key} is missing") from None
+            raise CheckpointError(f"{self.what} lacks its record data/{key}") from None
 
 
 def read_torch_zip(record: Record, what: str) -> TorchZip:
@@ -81,7 +83,7 @@ def read_torch_zip(record: Record, what: str) -> TorchZip:
     byteorder = entries.get(f"{folder}/byteorder")
     if byteorder is not None and _read_checked(byteorder, f"{what}: byteorder") != b"little":
         raise CheckpointError(f"{what} was written on a big-endian machine")
-    return TorchZip(entries, folder, pickle, load_tensor_pickle(pickle, what))
+    return TorchZip(entries, folder, pickle, load_tensor_pickle(pickle, what), what)
 
 
 def _locate(stream: RangeReader, record: Record, info: zipfile.ZipInfo) -> Record:

@@ -166,9 +166,9 @@ def _check_key(key: Any) -> None:
 class _RestrictedUnpickler(pickle._Unpickler):  # pure Python: the C one can be told to allocate
     dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
 
-    def __init__(self, data: bytes, allowed: dict[tuple[str, str], Any], what: str):
+    def __init__(self, data: bytes, allowed: dict[tuple[str, str], Any]):
         super().__init__(io.BytesIO(data))
-        self._allowed, self._what = allowed, what
+        self._allowed = allowed
 
     def _load_setitem(self):
         _check_key(self.stack[-2])
@@ -189,17 +189,17 @@ class _RestrictedUnpickler(pickle._Unpickler):  # pure Python: the C one can be 
             return self._allowed[module, name]
         except KeyError:
             raise CheckpointError(
-                f"{self._what} wants to import {module}.{name}, which no checkpoint needs; refused"
+                f"wants to import {module}.{name}, which no checkpoint needs; refused"
             ) from None
 
     def persistent_load(self, pid: Any) -> StoredStorage:
         if self._allowed is not _TENSOR_GLOBALS:
-            raise CheckpointError(f"{self._what} refers to outside data; refused")
+            raise CheckpointError("refers to outside data; refused")
         match pid:
             case ("storage", torch.dtype() as dtype, str() as key, str(), int() as numel):
                 if 0 <= numel < 1 << 62 and key.isalnum():
                     return StoredStorage(key, dtype, numel)
-        raise CheckpointError(f"{self._what} holds a malformed storage reference")
+        raise CheckpointError("holds a malformed storage reference")
 
 
 def load_tensor_pickle(data: bytes, what: str) -> Any:
@@ -225,9 +225,9 @@ def load_metadata_pickle(data: bytes, what: str) -> metadata.Metadata:
 
 def _load(data: bytes, allowed: dict[tuple[str, str], Any], what: str) -> Any:
     try:
-        return _RestrictedUnpickler(data, allowed, what).load()
-    except CheckpointError:
-        raise
+        return _RestrictedUnpickler(data, allowed).load()
+    except CheckpointError as error:
+        raise CheckpointError(f"{what}: {error}") from error
     except Exception as error:  # a damaged pickle can raise anything
         raise CheckpointError(
             f"{what} cannot be unpickled: {type(error).__name__}: {error}"

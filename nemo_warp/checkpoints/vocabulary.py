@@ -12,6 +12,10 @@ from typing import Any
 
 from nemo_warp.checkpoints.archive import Archive
 from nemo_warp.checkpoints.checkpoint import Checkpoint
+from nemo_warp.checkpoints.logical import LogicalTensor
+
+VOCABULARY_TENSORS = ("embedding.word_embeddings.weight", "output_layer.weight")
+"""Tensors with one row per token."""
 
 _MAX_TOKENIZER_BYTES = 1 << 27
 _LENGTH_DELIMITED = 2
@@ -34,6 +38,13 @@ def true_vocab_size(checkpoint: Checkpoint) -> int | None:
         return _count(checkpoint.archive, tokenizer)
     except (ValueError, IndexError, KeyError, TypeError, RecursionError):
         return None  # not a tokenizer that is understood: the caller says so
+
+
+def true_rows(tensor: LogicalTensor, vocab_size: int | None) -> int:
+    """Rows of a tensor that are not vocabulary padding."""
+    if tensor.name not in VOCABULARY_TENSORS or vocab_size is None:
+        return tensor.rows
+    return min(tensor.rows, vocab_size)
 
 
 def _count(archive: Archive, tokenizer: dict[str, Any]) -> int | None:

@@ -13,12 +13,9 @@ from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.image import CheckpointImage
 from nemo_warp.checkpoints.logical import LogicalTensor
 from nemo_warp.checkpoints.names import group_of, group_order
-from nemo_warp.checkpoints.vocabulary import true_vocab_size
+from nemo_warp.checkpoints.vocabulary import VOCABULARY_TENSORS, true_vocab_size
 from nemo_warp.merge.options import MergeOptions
 from nemo_warp.records import canonical_json
-
-_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
-"""Tensors with one row per token, padded to a multiple that depends on the writer's layout."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +104,7 @@ def make_plan(options: MergeOptions, inputs: tuple[Checkpoint, ...]) -> MergePla
     for name in sorted(tables[0]):
         sources = tuple(table[name] for table in tables)
         true_rows = sources[0].rows
-        if name in _VOCABULARY:
+        if name in VOCABULARY_TENSORS:
             true_rows = _true_rows(name, sources, vocab_size, notes)
         _check_shapes(name, sources, inputs, true_rows)
         unit = {"layer": group_of(name), "tensor": name, "model": "model"}[options.granularity]
@@ -171,7 +168,7 @@ def _check_same_names(init: Checkpoint, other: Checkpoint, expected: dict, found
 def _check_shapes(name, sources, inputs, true_rows: int) -> None:
     for source, checkpoint in zip(sources, inputs, strict=True):
         same = source.shape == sources[0].shape
-        if name in _VOCABULARY:  # padding may differ
+        if name in VOCABULARY_TENSORS:  # padding may differ
             same = source.shape[1:] == sources[0].shape[1:] and source.rows >= true_rows
         if not same:
             raise CheckpointError(

@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 
+from nemo_warp.checkpoints.inspection import weights_digest
 from nemo_warp.merge.plan import MergePlan
 from nemo_warp.merge.results import GroupResult
 from nemo_warp.records import code_version
-
-
-def weights_digest(tensors: Iterable[dict[str, str]]) -> str:
-    """SHA-256 of a model's weights from those of its tensors: the same in every layout.
-
-    Args:
-        tensors: dictionaries of canonical name -> SHA-256 (hex) of the tensor's bytes in logical
-            order, vocabulary padding left out.
-    """
-    lines = sorted(f"{name} {digest}\n" for found in tensors for name, digest in found.items())
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def provenance(plan: MergePlan, groups: list[GroupResult]) -> dict[str, Any]:
@@ -42,6 +30,7 @@ def provenance(plan: MergePlan, groups: list[GroupResult]) -> dict[str, Any]:
     return {"inputs": inputs, "options": plan.options.recorded(), "versions": versions}
 
 
-def provenance_bytes(plan: MergePlan, groups: list[GroupResult]) -> bytes:
-    """`provenance` as JSON: equal merges, equal bytes."""
-    return (json.dumps(provenance(plan, groups), indent=2, sort_keys=True) + "\n").encode()
+def provenance_bytes(plan: MergePlan, groups: list[GroupResult], eta: float) -> bytes:
+    """`provenance` of the output with this eta, as JSON: equal merges, equal bytes."""
+    record = {"eta": eta, **provenance(plan, groups)}
+    return (json.dumps(record, indent=2, sort_keys=True) + "\n").encode()

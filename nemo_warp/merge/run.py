@@ -180,7 +180,8 @@ class Run:
             return
         for index, output in enumerate(self.outputs):
             parts = [part for group in result.groups for part in group.parts[index]]
-            output.seal(parts, provenance_bytes(self.plan, result.groups))
+            eta = self.options.etas[index]
+            output.seal(parts, provenance_bytes(self.plan, result.groups, eta))
         self.journal.seal()
 
     def written(self) -> dict[float, Path]:

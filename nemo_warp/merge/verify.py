@@ -13,8 +13,8 @@ import torch
 
 from nemo_warp.checkpoints.checkpoint import open_checkpoint
 from nemo_warp.checkpoints.errors import CheckpointError
-from nemo_warp.checkpoints.logical import LogicalTensor
-from nemo_warp.checkpoints.reading import FileCache, check_replica, read_patches, records_of
+from nemo_warp.checkpoints.inspection import read_tensor
+from nemo_warp.checkpoints.reading import FileCache
 from nemo_warp.merge.kernel import STOCHASTIC
 from nemo_warp.merge.plan import GroupPlan, MergePlan, TensorPlan
 from nemo_warp.merge.results import UnitResult
@@ -53,16 +53,6 @@ def verify_outputs(
                     _compare(plan, tensor, inputs, row, found, f"{outputs[eta]}: {tensor.name}")
                 count += 1
     return count
-
-
-def read_tensor(files: FileCache, tensor: LogicalTensor) -> torch.Tensor:
-    """The whole tensor as [rows, cols], its CRC-32s and copies checked."""
-    data = np.empty((tensor.rows, tensor.cols * tensor.dtype.itemsize), dtype=np.uint8)
-    for record, patches in records_of(tensor).items():
-        read_patches(files, tensor, record, patches, data)
-    for patches in tensor.replicas:
-        check_replica(files, tensor, patches, data)
-    return torch.from_numpy(data).view(tensor.dtype)
 
 
 def _sample(groups: tuple[GroupPlan, ...]) -> list[GroupPlan]:

@@ -1,0 +1,131 @@
+"""Describe a checkpoint, hash its weights independently of their layout, compare two.
+
+The hash is the one that a merge records for its inputs: SHA-256 over the canonical names and the
+SHA-256 of every tensor's bytes in logical order, vocabulary padding left out. The same model has
+the same hash in every format and layout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+
+from nemo_warp.checkpoints.checkpoint import PROVENANCE, Checkpoint
+from nemo_warp.checkpoints.errors import CheckpointError
+from nemo_warp.checkpoints.logical import LogicalTensor
+from nemo_warp.checkpoints.names import depth_of, group_of, group_order
+from nemo_warp.checkpoints.reading import FileCache, check_replica, read_patches, records_of
+from nemo_warp.checkpoints.vocabulary import true_rows, true_vocab_size
+
+
+def weights_digest(tensors: Iterable[dict[str, str]]) -> str:
+    """SHA-256 of a model's weights from those of its tensors: the same in every layout.
+
+    Args:
+        tensors: dictionaries of canonical name -> SHA-256 (hex) of the tensor's true rows.
+    """
+    lines = sorted(f"{name} {digest}\n" for found in tensors for name, digest in found.items())
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def read_tensor(files: FileCache, tensor: LogicalTensor) -> torch.Tensor:
+    """The whole tensor as [rows, cols], its CRC-32s and copies checked.
+
+    Raises:
+        CheckpointError: the file is truncated or damaged.
+    """
+    data = np.empty((tensor.rows, tensor.cols * tensor.dtype.itemsize), dtype=np.uint8)
+    for record, patches in records_of(tensor).items():
+        read_patches(files, tensor, record, patches, data)
+    for patches in tensor.replicas:
+        check_replica(files, tensor, patches, data)
+    return torch.from_numpy(data).view(tensor.dtype)
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Format, layout, groups, dtypes, parameter counts and provenance, without reading weights."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name in sorted(checkpoint.tensors, key=lambda n: (group_order(group_of(n)), n)):
+        tensor = checkpoint.tensors[name]
+        group = groups.setdefault(group_of(name), {"parameters": 0, "tensors": {}})
+        group["parameters"] += tensor.numel
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        group["tensors"][name] = [list(tensor.shape), dtype, len(tensor.patches)]
+    dtypes: dict[str, int] = defaultdict(int)
+    for tensor in checkpoint.tensors.values():
+        dtypes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel
+    return {
+        "path": str(checkpoint.path),
+        "container": "tar" if checkpoint.archive.is_tar else "folder",
+        "format": checkpoint.format,
+        "files": len(checkpoint.archive.members),
+        "layers": sum(depth_of(group) is not None for group in groups),
+        "parameters": sum(dtypes.values()),
+        "dtypes": dict(dtypes),
+        "true_vocab_size": true_vocab_size(checkpoint),
+        "fp32_masters": len(checkpoint.store.masters()),
+        "other_entries": len(checkpoint.store.foreign),
+        "groups": groups,
+        "provenance": _provenance(checkpoint),
+    }
+
+
+def hash_weights(checkpoint: Checkpoint) -> str:
+    """The layout-independent SHA-256 of the weights; reads them all."""
+    vocab_size, digests = true_vocab_size(checkpoint), {}
+    with FileCache() as files:
+        for name, tensor in checkpoint.tensors.items():
+            true = read_tensor(files, tensor)[: true_rows(tensor, vocab_size)]
+            digests[name] = hashlib.sha256(true.view(torch.uint8).numpy()).hexdigest()
+    return weights_digest([digests])
+
+
+def diff(first: Checkpoint, second: Checkpoint) -> dict[str, dict[str, float]]:
+    """Per group: norm of the difference, relative to ``first``, cosine, share of changed weights.
+
+    Raises:
+        CheckpointError: the two are not the same model.
+    """
+    if first.tensors.keys() != second.tensors.keys():
+        other = sorted(first.tensors.keys() ^ second.tensors.keys())[0]
+        raise CheckpointError(f"only one of {first.path} and {second.path} has {other}")
+    sizes = (true_vocab_size(first), true_vocab_size(second))
+    sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(5))
+    with FileCache() as files:
+        for name in sorted(first.tensors, key=lambda n: (group_order(group_of(n)), n)):
+            pair = (first.tensors[name], second.tensors[name])
+            rows = min(true_rows(t, size) for t, size in zip(pair, sizes, strict=True))
+            a, b = (read_tensor(files, t)[:rows].to(torch.float64).flatten() for t in pair)
+            if a.numel() != b.numel():
+                raise CheckpointError(f"{name} has different shapes in the two checkpoints")
+            moved = b - a
+            values = [a @ a, b @ b, a @ b, moved @ moved, (moved != 0).sum()]
+            sums[group_of(name)][:] += [float(value) for value in values]
+    counts = describe(first)["groups"]
+    return {group: _row(*sums[group], counts[group]["parameters"]) for group in sums}
+
+
+def _row(aa: float, bb: float, ab: float, moved: float, changed: float, count: int) -> dict:
+    product = math.sqrt(aa * bb)
+    return {
+        "difference": math.sqrt(moved),
+        "relative": math.sqrt(moved / aa) if aa else math.nan,
+        "cosine": ab / product if product else math.nan,
+        "changed_share": changed / count,
+    }
+
+
+def _provenance(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    if PROVENANCE not in checkpoint.archive.members:
+        return None
+    try:
+        return json.loads(checkpoint.archive.read(PROVENANCE, limit=1 << 24))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{checkpoint.path}: {PROVENANCE} is not JSON ({error})") from error
