@@ -89,7 +89,10 @@ def run_stage(recipe: Recipe, stage: Stage, lock: int) -> int:
         return exit_codes.FAILED
     allocation = _allocation(recipe, stage)
     attempt = attempts.begin(paths, _record(request, allocation))
-    outcome = Supervisor(recipe, stage, request, allocation, attempt.directory, lock).run()
+    try:
+        outcome = Supervisor(recipe, stage, request, allocation, attempt.directory, lock).run()
+    except (OSError, ValueError, KeyError) as error:  # no such program, a command's {placeholder}
+        outcome = Outcome(exit_codes.MISCONFIGURED, f"cannot be started: {error}")
     outcome = _judge(recipe, stage, request, outcome)
     attempts.end(attempt, outcome.exit_code, outcome.reason, outcome.asked)
     print(f"{stage.name} attempt {attempt.number}: {outcome.reason}", flush=True)

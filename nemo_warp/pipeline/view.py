@@ -77,14 +77,15 @@ class Live:
         if self._in_place:
             self._redraw(states)
             return
-        for name, state in states.items():
-            before = self._last.get(name)
-            told = state.status in (Status.RUNNING, Status.DONE, Status.FAILED)
-            if told and before is not state.status and not (before is None and self._last == {}):
-                self._say(self._sentence(state))
         if not self._last:
             done = sum(s.status is Status.DONE for s in states.values())
             self._say(f"{self._recipe.name}: {done} of {len(states)} stages done")
+        for name, state in states.items():
+            before = self._last.get(name)
+            told = state.status in (Status.RUNNING, Status.DONE, Status.FAILED)
+            known = not self._last and state.status is Status.DONE
+            if told and before is not state.status and not known:
+                self._say(self._sentence(state))
         self._last = {name: state.status for name, state in states.items()}
 
     def tick(self, states: Mapping[str, StageState]) -> None:
