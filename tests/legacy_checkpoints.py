@@ -9,6 +9,9 @@ from pathlib import Path
 import torch
 from synthetic_checkpoints import GATED, METADATA, shard_axis
 
+FUSED, LOCAL = "self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"
+"""The same norm with and without Transformer Engine; distributed checkpoints use the first."""
+
 
 def rank_weights(weights, tp: int, pp: int, gated: bool, tied: bool):
     """(tensor rank, pipeline rank) -> state dict with stage-local layer numbers."""
@@ -22,7 +25,7 @@ def rank_weights(weights, tp: int, pp: int, gated: bool, tied: bool):
         if ".layers." in name:
             number = int(name.split(".")[2])
             stage, local = divmod(number, per_stage)
-            stored = name.replace(f".layers.{number}.", f".layers.{local}.")
+            stored = name.replace(f".layers.{number}.", f".layers.{local}.").replace(FUSED, LOCAL)
         for rank in range(tp):
             part = rank_part(name, tensor, rank, tp, gated)
             ranks[rank, stage]["model." + stored] = part

@@ -121,7 +121,11 @@ def test_output_dtype(tmp_path, dtype, stored, kind):
     folder = unpacked(tmp_path / "out.nemo")
     if kind == "ranks":
         state = legacy.read_rank_files(folder)["model_weights.ckpt"]
-        found = {n.removeprefix("model."): t for n, t in state.items() if t is not None}
+        state = {name: tensor for name, tensor in state.items() if tensor is not None}
+        found = {
+            name.removeprefix("model.").replace(legacy.LOCAL, legacy.FUSED): tensor
+            for name, tensor in state.items()
+        }
     else:
         found = read(tmp_path / "out.nemo")
     expected = reference.merge(init, policies, 0.3)
