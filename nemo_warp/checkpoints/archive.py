@@ -163,6 +163,9 @@ def _tar_members(path: Path):
         raise CheckpointError(f"{path} is not a readable tar ({error})") from error
     if not seen:
         raise CheckpointError(f"{path} is an empty tar")
+    for name in seen:
+        if any(parent.as_posix() in seen for parent in PurePosixPath(name).parents):
+            raise CheckpointError(f"{path}: {name} lies below a file; the tar cannot be unpacked")
 
 
 def _safe_name(path: Path, member: tarfile.TarInfo) -> str:

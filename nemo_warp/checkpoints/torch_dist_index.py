@@ -92,8 +92,7 @@ class TorchDistIndex:
         if not isinstance(storage, dict):
             raise CheckpointError(f"{self.where}: .metadata locates no data")
         for index, info in storage.items():
-            known = isinstance(index, dcp.MetadataIndex) and isinstance(info, _StorageInfo)
-            if not known or not isinstance(vars(info).get("relative_path"), str):
+            if not isinstance(index, dcp.MetadataIndex) or not _is_place(info):
                 raise CheckpointError(f"{self.where}: .metadata has a malformed storage entry")
             if getattr(info, "transform_descriptors", None):
                 raise CheckpointError(f"{self.where}: {index.fqn} is stored compressed")
@@ -106,9 +105,6 @@ class TorchDistIndex:
 
     def _range(self, key: str, info: _StorageInfo) -> Record:
         name = info.relative_path
-        numbers = (getattr(info, "offset", None), getattr(info, "length", None))
-        if not all(isinstance(n, int) and n >= 0 for n in numbers):
-            raise CheckpointError(f"{self.where}: {key} lies at a malformed place")
         if (file := self.members.get(name)) is None:
             raise CheckpointError(f"{self.where}: {key} lies in {name!r}, which is not there")
         if info.offset + info.length > file.size:
@@ -117,6 +113,14 @@ class TorchDistIndex:
                 f"has {file.size}; the checkpoint is truncated"
             )
         return Record(file.path, file.offset + info.offset, info.length)
+
+
+def _is_place(info: object) -> bool:
+    """Whether a storage entry names a file and a range; unpickling fills in anything at all."""
+    place = vars(info) if isinstance(info, _StorageInfo) else {}
+    numbers = place.get("offset"), place.get("length")
+    whole = all(isinstance(number, int) and number >= 0 for number in numbers)
+    return whole and isinstance(place.get("relative_path"), str)
 
 
 def _described_chunks(metadata: dcp.Metadata, where: str) -> dict[str, dict[tuple, object]]:

@@ -179,7 +179,7 @@ def build(model: str, tokenizer: Path, tensor: int, pipeline: int, **options):
 
 
 def logits(model) -> torch.Tensor | None:
-    """This rank's shard of the logits of fixed tokens, through the pipeline; None before its end."""
+    """This rank's shard of the logits of fixed tokens; None before the end of the pipeline."""
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
