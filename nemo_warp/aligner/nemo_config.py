@@ -12,8 +12,10 @@ from nemo_warp.config import to_plain
 _DISTRIBUTED_ADAM = "distributed_fused_adam"
 
 
-def nemo_config(config: DictConfig, global_batch_size: int, max_steps: int) -> DictConfig:
-    """NeMo's tree (``trainer``, ``model``) for the checkpoint ``config.init``.
+def nemo_config(
+    config: DictConfig, checkpoint: str, global_batch_size: int, max_steps: int
+) -> DictConfig:
+    """NeMo's tree (``trainer``, ``model``) for a checkpoint, whose artifacts the model refers to.
 
     The model section is the checkpoint's own configuration under our overrides; what a recipe puts
     into ``model.extra`` and ``optim.extra`` wins over everything.
@@ -37,7 +39,7 @@ def nemo_config(config: DictConfig, global_batch_size: int, max_steps: int) -> D
     )
     overrides = _model_overrides(plain, global_batch_size, max_steps)
     with open_dict(tree):
-        tree.model = load_and_override_model_config(plain["init"], OmegaConf.create(overrides))
+        tree.model = load_and_override_model_config(checkpoint, OmegaConf.create(overrides))
     return tree
 
 

@@ -50,24 +50,27 @@ def build_policy(
     Returns:
         The policy, and per path in ``others`` the slice for `Policy.other_weights`.
     """
-    tree = nemo_config(config, global_batch_size, max_steps)
-    trainer = MegatronTrainerBuilder(tree).create_trainer()
+    trees = {
+        path: nemo_config(config, path, global_batch_size, max_steps)
+        for path in (*others, config.init)
+    }
+    trainer = MegatronTrainerBuilder(trees[config.init]).create_trainer()
     shards = {}
     for path in dict.fromkeys(others):
-        model = _restore(tree, trainer, path)
-        init_distributed(trainer, model, tree.model.get("transformer_engine", False))
+        model = _restore(trees[path].model, trainer, path)
         shards[path] = ShardedWeights(model).shard.clone()
         del model
         gc.collect()
-    model = _restore(tree, trainer, config.init)
-    init_distributed(trainer, model, tree.model.get("transformer_engine", False))
+    model = _restore(trees[config.init].model, trainer, config.init)
     placeholder = torch.utils.data.DataLoader([0])  # NeMo wants one; nothing reads it
     init_using_ptl(trainer, model, placeholder, placeholder.dataset)
     optimizer, scheduler = extract_optimizer_scheduler_from_ptl_model(model)
     return Policy(model, optimizer, scheduler), shards
 
 
-def _restore(tree: DictConfig, trainer: Any, path: str) -> WarpActorModel:
-    return load_from_nemo(
-        WarpActorModel, tree.model, trainer, strict=True, restore_path=str(Path(path))
+def _restore(model_config: DictConfig, trainer: Any, path: str) -> WarpActorModel:
+    model = load_from_nemo(
+        WarpActorModel, model_config, trainer, strict=True, restore_path=str(Path(path))
     )
+    init_distributed(trainer, model, model_config.get("transformer_engine", False))
+    return model

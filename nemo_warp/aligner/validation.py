@@ -57,8 +57,8 @@ def _check_choices(config: Any) -> None:
 def _check_ranges(config: Any) -> None:
     _require_range("algorithm.kl_coefficient", config.algorithm.kl_coefficient, 0, 1e6)
     _require_range("algorithm.ema_update_rate", config.algorithm.ema_update_rate, 0, 1)
-    _require_positive("algorithm.log_prob_temperature", config.algorithm.log_prob_temperature)
     _require_positive("rollout.temperature", config.rollout.temperature)
+    _require_positive("algorithm.log_prob_temperature", config.algorithm.log_prob_temperature)
     _require_positive("optim.lr", config.optim.lr)
     for key in ("total_steps", "eval_interval", "save_interval"):
         _require_positive(f"run.{key}", config.run[key])

@@ -59,7 +59,7 @@ def upstream_trainer(materials, directory, micro_batch_size=1):
     from nemo_warp.aligner.nemo_config import nemo_config
 
     config = upstream_config(materials, directory)
-    tree = nemo_config(config, 8, config.run.total_steps)
+    tree = nemo_config(config, config.init, 8, config.run.total_steps)
     tree.model.micro_batch_size = micro_batch_size
     trainer = MegatronTrainerBuilder(tree).create_trainer()
     model = load_from_nemo(

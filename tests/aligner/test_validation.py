@@ -1,0 +1,141 @@
+"""Bad input is refused before NeMo is imported, in one sentence."""
+
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import yaml
+from member_lab import Layout, Materials, member_config, write_prompts
+
+from nemo_warp.aligner.train import check_member
+
+MODEL = {
+    "num_layers": 4,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "encoder_seq_length": 32,
+    "max_position_embeddings": 32,
+}
+
+
+def write_checkpoint(path: Path, **changes) -> Path:
+    content = path.with_suffix(".yaml")
+    content.write_text(yaml.safe_dump(MODEL | changes))
+    with tarfile.open(path, "w:") as archive:
+        archive.add(content, "./model_config.yaml")
+        archive.addfile(_empty_folder("./model_weights"))
+    return path
+
+
+def _empty_folder(name):
+    info = tarfile.TarInfo(name)
+    info.type = tarfile.DIRTYPE
+    return info
+
+
+@pytest.fixture
+def files(tmp_path) -> Materials:
+    texts = ["a prompt"] * 8
+    return Materials(
+        sft=write_checkpoint(tmp_path / "sft.nemo"),
+        other=write_checkpoint(tmp_path / "other.nemo"),
+        train=write_prompts(tmp_path / "train.jsonl", texts),
+        heldout=write_prompts(tmp_path / "heldout.jsonl", texts),
+    )
+
+
+def test_good_member_passes(files, tmp_path):
+    texts = check_member(member_config(files, tmp_path))
+    assert len(texts["train"]) == 8
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("algorithm.ema_update_rate=1.5", "ema_update_rate is 1.5, expected 0 to 1"),
+        ("algorithm.ema_update_rate=-0.1", "ema_update_rate is -0.1"),
+        ("algorithm.kl_coefficient=-1.0", "kl_coefficient is -1.0, expected 0 to"),
+        ("algorithm.anchor=emma", "anchor is 'emma', expected one of ema, sft, none"),
+        ("algorithm.anchor=none", "without an anchor there is no KL"),
+        ("algorithm.kl_estimator=k1", "kl_estimator is 'k1', expected one of log_ratio"),
+        ("rollout.prompts_per_step=3", "is 6, expected a multiple of updates_per_rollout"),
+        ("rollout.micro_batch_size=3", "expected a multiple of rollout.micro_batch_size"),
+        ("rollout.temperature=0.0", "rollout.temperature is 0.0, expected more than 0"),
+        ("rollout.max_response_tokens=32", "reads at most 32 tokens: no room for a prompt"),
+        ("run.total_steps=0", "run.total_steps is 0, expected more than 0"),
+        ("run.keep_checkpoints=1", "keep_checkpoints is 1, expected 2 to"),
+        ("evaluation.num_prompts=7", "evaluation.num_prompts is 7, expected a multiple"),
+        ("evaluation.num_prompts=16", "has 8 prompts, but evaluation.num_prompts is 16"),
+        ("model.tensor_model_parallel_size=3", "expected a multiple of tensor \\* pipeline"),
+        ("model.extra.peft={peft_scheme: lora}", "adapters .PEFT, LoRA. are not supported"),
+        ("export.dtype=float16", "export.dtype is 'float16', expected one of same"),
+        ("init=nowhere.nemo", "no checkpoint nowhere.nemo"),
+        ("prompts.train=nowhere.jsonl", "no prompts file nowhere.jsonl"),
+        ("algorithm.kl_coeficient=1", "did you mean 'algorithm.kl_coefficient'"),
+    ],
+)
+def test_refused(files, tmp_path, override, message):
+    also = [override, "model.micro_batch_size=4"]
+    with pytest.raises(ValueError, match=message):
+        check_member(member_config(files, tmp_path, also=also))
+
+
+@pytest.mark.parametrize(
+    ("layout", "changes", "message"),
+    [
+        (Layout(tensor=4), {}, r"num_query_groups of .*sft.nemo is 2.*tensor_model_parallel_size"),
+        (Layout(pipeline=3), {}, r"num_layers of .*sft.nemo is 4.*pipeline_model_parallel_size"),
+        (Layout(), {"peft": {"peft_scheme": "lora"}}, "holds an adapter"),
+    ],
+)
+def test_layout_that_does_not_divide_the_model(files, tmp_path, layout, changes, message):
+    write_checkpoint(files.sft, **changes)
+    with pytest.raises(ValueError, match=message):
+        check_member(member_config(files, tmp_path, layout))
+
+
+def test_truncated_checkpoint(files, tmp_path):
+    with tarfile.open(files.sft, "a") as archive:
+        archive.add(files.train, "./model_weights/__0_0.distcp")
+    content = files.sft.read_bytes()
+    files.sft.write_bytes(content[: content.index(b"__0_0.distcp") + 600])
+    with pytest.raises(ValueError, match=r"sft.nemo is truncated or no .nemo file"):
+        check_member(member_config(files, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{broken", "heldout.jsonl line 9 is not JSON"),
+        ('{"text": "other key"}', "heldout.jsonl line 9 has no text under 'prompt'"),
+        ('{"prompt": ""}', "heldout.jsonl line 9 has no text"),
+        ('["prompt"]', "heldout.jsonl line 9 has no text"),
+    ],
+)
+def test_malformed_prompts(files, tmp_path, line, message):
+    with files.heldout.open("a") as stream:
+        stream.write(line + "\n")
+    with pytest.raises(ValueError, match=message):
+        check_member(member_config(files, tmp_path))
+
+
+def test_empty_prompts(files, tmp_path):
+    files.train.write_text("\n\n")
+    with pytest.raises(ValueError, match=r"train.jsonl holds no prompts"):
+        check_member(member_config(files, tmp_path))
+
+
+def test_entry_point_says_it_in_one_line_without_nemo(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("algorithm: {ema_update_rte: 0.5}\n")
+    code = (
+        "import sys; from nemo_warp.aligner.train import main; "
+        f"code = main(['--config', {str(config)!r}]); "
+        "assert 'nemo' not in sys.modules and 'megatron' not in sys.modules; sys.exit(code)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: unknown key 'algorithm.ema_update_rte'")
+    assert result.stderr.count("\n") == 1
