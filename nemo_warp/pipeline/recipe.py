@@ -346,4 +346,10 @@ def _load_cluster(values: dict[str, Any]) -> dict[str, Any]:
     for key in ("account", "partition"):
         if not cluster[key]:
             raise ValueError(f"cluster file {file}: {key} is empty; name one")
+    for key, value in cluster["environment"].items():
+        if "," in str(value):
+            raise ValueError(
+                f"cluster file {file}: environment.{key} holds a comma, which sbatch --export "
+                "cannot pass on; set it in the container or in your shell"
+            )
     return cluster

@@ -185,6 +185,21 @@ def config_edited(make) -> None:
     sandbox.wait_until_done()
 
 
+def stopped(make) -> None:
+    sandbox = make("stopped", cluster_changes={"environment": SLOW}, member=_member(40))
+    sandbox.submit()
+    sandbox.wait_until_running("iteration_01/member_01")
+    code, output = sandbox.call("stop", "--wait", "120")
+    assert code == 0, output
+    sandbox.wait_until_queue_is_empty()
+    ending = sandbox.ending("iteration_01/member_01", 0)
+    assert (ending["exit_code"], ending["asked"]) == (85, True)
+    assert sandbox.state()["exit_code"] == 85
+    assert sandbox.call("resume")[0] == 75
+    sandbox.wait_until_done()
+    assert sandbox.attempts("iteration_01/member_01") == 2
+
+
 def never_begins(make) -> None:
     """Jobs that die before they can make an attempt do not go round for ever."""
     sandbox = make("broken")
@@ -220,6 +235,7 @@ SCENARIOS = [
     merge_killed,
     driver_cancelled,
     submitted_twice,
+    stopped,
     never_begins,
 ]
 
