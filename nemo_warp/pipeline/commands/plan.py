@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Iterator
-from pathlib import Path
 
 from nemo_warp import exit_codes
 from nemo_warp.pipeline import programs, slurm
@@ -133,20 +132,37 @@ def _steps(recipe: Recipe, stage: Stage) -> Iterator[str]:
 
 def _costs(recipe: Recipe) -> Iterator[str]:
     yield "cost (products of the recipe's section estimate)"
-    total_nodes = total_gpus = 0.0
-    for name, cost in costs(recipe).items():
-        if cost.node_hours is None or cost.gpu_hours is None:
-            yield f"  {name:<24} {cost.jobs} jobs x {cost.nodes} nodes; no estimate"
-            continue
-        total_nodes, total_gpus = total_nodes + cost.node_hours, total_gpus + cost.gpu_hours
-        yield (
-            f"  {name:<24} {cost.jobs} jobs x {cost.nodes} nodes x {cost.hours_each:.1f} h = "
-            f"{cost.node_hours:.0f} node-hours, {cost.gpu_hours:.0f} GPU-hours"
-        )
-    yield f"  {'together':<24} {total_nodes:.0f} node-hours, {total_gpus:.0f} GPU-hours"
+    found = costs(recipe)
+    for name, cost in found.items():
+        jobs = f"  {name:<24} {cost.jobs} jobs x {cost.nodes} nodes"
+        if cost.hours_each is None:
+            yield f"{jobs}; no estimate"
+        else:
+            hours = _hours(cost.node_hours, cost.gpu_hours)
+            yield f"{jobs} x {_number(cost.hours_each)} h = {hours}"
+    known = [cost for cost in found.values() if cost.hours_each is not None]
+    nodes = sum(cost.node_hours or 0.0 for cost in known)
+    yield f"  {'together':<24} {_hours(nodes, sum(cost.gpu_hours or 0.0 for cost in known))}"
     disk = disk_bytes(recipe)
     if disk is None:
         yield "  disk: give estimate.parameters"
         return
-    parts = ", ".join(f"{name} {size / 1e9:.0f} GB" for name, size in disk.items())
-    yield f"  disk {sum(disk.values()) / 1e12:.2f} TB below {Path(recipe.paths.root)}: {parts}"
+    parts = ", ".join(f"{name} {_size(size)}" for name, size in disk.items())
+    yield f"  disk {_size(sum(disk.values()))} below {recipe.paths.root}: {parts}"
+
+
+def _hours(node_hours: float | None, gpu_hours: float | None) -> str:
+    words = f"{_number(node_hours or 0.0)} node-hours"
+    return f"{words}, {_number(gpu_hours)} GPU-hours" if gpu_hours else words
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _size(size: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{_number(size)} {unit}"
+        size /= 1000
+    return f"{size:.2f} TB"
