@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 import shutil
 import tarfile
 from contextlib import nullcontext
@@ -75,6 +76,7 @@ def _weights_in(model: Any, dtype: str, checkpoint: Path) -> Any:
 
 def _pack(source: Path, folder: Path, output: Path) -> None:
     """Put configuration, artifacts and the new weights into one uncompressed tar."""
+    _forget_origin(folder / _WEIGHTS / ".metadata")
     packed = folder / output.name
     with tarfile.open(packed, "w:", format=tarfile.GNU_FORMAT) as archive:
         for name, content in sorted(_configuration_and_artifacts(source).items()):
@@ -87,6 +89,14 @@ def _pack(source: Path, folder: Path, output: Path) -> None:
     packed.replace(output)
     shutil.rmtree(folder)
     fsync_directory(output.parent)
+
+
+def _forget_origin(path: Path) -> None:
+    """Take what no reader needs out of torch's metadata: folder, random id, writers' order."""
+    metadata = pickle.loads(path.read_bytes())  # written by us a moment ago
+    metadata.storage_meta = None
+    metadata.storage_data = dict(sorted(metadata.storage_data.items(), key=lambda e: repr(e[0])))
+    path.write_bytes(pickle.dumps(metadata))
 
 
 def _add(archive: tarfile.TarFile, name: str, size: int, stream: Any) -> None:

@@ -97,12 +97,12 @@ def exact_kl(materials, directory, layout):
         materials, directory, layout, algorithm={"ema_update_rate": 0.5}, also=["optim.lr=0.05"]
     )
     trainer = lab.build_trainer(config)
-    batch = trainer.prepare_batch(lab.given_rollouts(0))
+    batch = trainer.objective.batch(lab.given_rollouts(0))
     trainer.run_training(trainer.optimizer_batches(batch.data))
     rollouts = lab.given_rollouts(1)
     model = trainer.model
     model.prepare_for_inference()
-    with trainer.reference.gathered() as reference:
+    with trainer.objective.reference.gathered() as reference:
         found = model.get_exact_kl(rollouts.tokens, rollouts.mask, reference)
         if layout.ranks > 1:
             return found, None
@@ -130,11 +130,11 @@ def test_exact_kl(materials, tmp_path):
 
 def raise_inside_the_reference(materials, directory):
     trainer = lab.build_trainer(lab.member_config(materials, directory))
-    batch = trainer.prepare_batch(lab.given_rollouts(0))
+    batch = trainer.objective.batch(lab.given_rollouts(0))
     trainer.run_training(trainer.optimizer_batches(batch.data))
     before = lab.local_tensors(trainer.model)
     storage = [p.data_ptr() for p in trainer.model.parameters()]
-    with pytest.raises(ZeroDivisionError), trainer.reference.in_place():
+    with pytest.raises(ZeroDivisionError), trainer.objective.reference.in_place():
         assert not np.array_equal(lab.local_tensors(trainer.model)[0][3], before[0][3])
         raise ZeroDivisionError
     same = all(
@@ -152,7 +152,7 @@ def alarm(materials, directory, updates_are_lost):
     """Run 1/mu = 20 steps; as a fault, all updates but the last are undone."""
     config = lab.member_config(materials, directory, algorithm={"ema_update_rate": 0.05})
     trainer = lab.build_trainer(config)
-    batch = trainer.prepare_batch(lab.given_rollouts(0))
+    batch = trainer.objective.batch(lab.given_rollouts(0))
     shard = trainer.anchor.weights.shard
     for step in range(20):
         before = shard.clone()
@@ -204,6 +204,23 @@ def test_export_dtypes(materials, tmp_path, monkeypatch):
         assert np.array_equal(exported["float32"][i][3], masters[i][3]), key
         rounded = torch.from_numpy(values).bfloat16().float().numpy()
         assert np.array_equal(exported["bfloat16"][i][3], rounded), key
+
+
+def export_twice(materials, directory):
+    from nemo_warp.aligner import export
+
+    model = lab.build_trainer(lab.member_config(materials, directory)).model
+    for name in ("here", "there"):
+        (directory / name).mkdir()
+        output = directory / name / "policy.nemo"
+        export.export_policy(model, materials.sft, output, "same", directory / "checkpoint")
+
+
+def test_equal_weights_give_equal_bytes_wherever_they_are_written(materials, tmp_path):
+    run_ranks(export_twice, 1, materials, tmp_path)
+    here, there = ((tmp_path / name / "policy.nemo").read_bytes() for name in ("here", "there"))
+    assert here == there
+    assert str(tmp_path).encode() not in here
 
 
 def restored(path):
