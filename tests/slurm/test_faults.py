@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
@@ -63,8 +64,9 @@ def time_limit(make) -> None:
     assert not first["asked"]
     tries = sandbox.attempts("iteration_01/member_01")
     steps = [sandbox.attempt("iteration_01/member_01", i)["step"] for i in range(tries)]
-    assert tries > 1
-    assert steps == sorted(set(steps)), "every attempt went on where the last one saved"
+    # The first signal may come before the program listens: Slurm sends it up to a minute early.
+    assert steps == sorted(steps)
+    assert len(set(steps)) > 2, "every attempt went on where the last one saved"
 
 
 def requeued_by_hand(make) -> None:
@@ -282,12 +284,14 @@ def test_node_down_and_back(running: dict[object, Future], make_sandbox) -> None
 @pytest.mark.timeout(300)
 def test_controller_restarted(running: dict[object, Future], make_sandbox) -> None:
     sandbox: SlurmSandbox = make_sandbox(
-        "controller", cluster_changes={"environment": SLOW}, member=_member(12)
+        "controller", cluster_changes={"environment": SLOW}, member=_member(50)
     )
     sandbox.submit()
-    sandbox.wait_until_running("iteration_01/member_01")
+    for member in (1, 2):
+        sandbox.wait_until_running(f"iteration_01/member_0{member}")
+    time.sleep(8)  # the controller saves its state every few seconds
     sandbox.cluster.stop_process("slurmctld", signal.SIGKILL)
-    sandbox.fault("iteration_01/member_02", "none")
+    time.sleep(3)
     sandbox.cluster.start_controller()
     sandbox.wait_until_done()
     assert sandbox.attempts("iteration_01/member_01") == 1
