@@ -219,6 +219,25 @@ class Output:
             view, offset = view[written:], offset + written
 
 
+def check_space(outputs: list[Output]) -> None:
+    """Raise before the first write if the outputs do not fit.
+
+    Raises:
+        OSError: says how much is missing where.
+    """
+    needed: dict[int, int] = {}
+    for output in outputs:
+        folder = next(path for path in output.final.absolute().parents if path.is_dir())
+        device = folder.stat().st_dev
+        needed[device] = needed.get(device, 0) + output.missing_bytes()
+        free = shutil.disk_usage(folder).free
+        if needed[device] > free:
+            raise OSError(
+                f"{folder} has {free / 1e9:.2f} GB free, the outputs need "
+                f"{needed[device] / 1e9:.2f} GB; free some space or write elsewhere"
+            )
+
+
 def exchange(first: Path, second: Path) -> None:
     """Swap two paths atomically (Linux renameat2), so that no moment lacks either."""
     libc = ctypes.CDLL(None, use_errno=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nemo_warp.checkpoints.checkpoint import Checkpoint
+from nemo_warp.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.image import CheckpointImage
 from nemo_warp.checkpoints.logical import LogicalTensor
@@ -81,6 +81,12 @@ class MergePlan:
     def output_bytes(self) -> int:
         """Size of one output."""
         return sum(file.size for file in self.image.files)
+
+
+def open_inputs(options: MergeOptions) -> tuple[Checkpoint, ...]:
+    """Open all inputs; a checkpoint given twice is opened once."""
+    opened = {path: open_checkpoint(path) for path in dict.fromkeys(options.inputs)}
+    return tuple(opened[path] for path in options.inputs)
 
 
 def make_plan(options: MergeOptions, inputs: tuple[Checkpoint, ...]) -> MergePlan:

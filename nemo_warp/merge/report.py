@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_warp.merge.provenance import provenance
-from nemo_warp.merge.run import MergeResult
+from nemo_warp.merge.results import MergeResult
 from nemo_warp.merge.statistics import merge_statistics
 from nemo_warp.records import write_json_atomically, write_text_atomically
 

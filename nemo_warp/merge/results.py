@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from nemo_warp.merge.output import Part
+from nemo_warp.merge.plan import MergePlan
 
 
 @dataclass
@@ -100,6 +101,32 @@ class GroupResult:
         }
         parts = [[Part(*values) for values in written] for written in raw["parts"]]
         return cls(raw["group"], units, parts, raw["digests"])
+
+
+@dataclass
+class MergeResult:
+    """What a merge did and measured.
+
+    Attributes:
+        groups: in canonical order.
+        timing: see `nemo_warp.merge.meter.Meter.read`.
+    """
+
+    plan: MergePlan
+    groups: list[GroupResult]
+    timing: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def units(self) -> dict[str, UnitResult]:
+        """Unit name -> result, in canonical order; a unit spread over groups is added up."""
+        units: dict[str, UnitResult] = {}
+        for group in self.groups:
+            for name, unit in group.units.items():
+                if name in units:
+                    units[name].add(unit)
+                else:
+                    units[name] = UnitResult(**vars(unit))
+        return units
 
 
 def exact_sum(matrices: Sequence[np.ndarray]) -> np.ndarray:

@@ -2,64 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
-from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-from tqdm import tqdm
 
-from nemo_warp.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from nemo_warp.core.merging import OppositeTaskVectorsError, liti_coefficients, merge_coefficients
+from nemo_warp.merge.decisions import refuse_similar, unit_coefficients
 from nemo_warp.merge.engine import Engine
 from nemo_warp.merge.journal import Journal
-from nemo_warp.merge.options import MergeOptions
-from nemo_warp.merge.output import Output
+from nemo_warp.merge.output import Output, check_space
 from nemo_warp.merge.plan import GroupPlan, MergePlan
 from nemo_warp.merge.provenance import provenance_bytes
 from nemo_warp.merge.ranks import Meeting, World
-from nemo_warp.merge.results import GroupResult, UnitResult, exact_sum
-
-SIMILAR_COSINE = 0.99
-
-
-@dataclass
-class MergeResult:
-    """What a merge did and measured.
-
-    Attributes:
-        groups: in canonical order.
-        timing: see `nemo_warp.merge.meter.Meter.read`.
-    """
-
-    plan: MergePlan
-    groups: list[GroupResult]
-    timing: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def units(self) -> dict[str, UnitResult]:
-        """Unit name -> result, in canonical order; a unit spread over groups is added up."""
-        units: dict[str, UnitResult] = {}
-        for group in self.groups:
-            for name, unit in group.units.items():
-                if name in units:
-                    units[name].add(unit)
-                else:
-                    units[name] = UnitResult(**vars(unit))
-        return units
-
-
-def open_inputs(options: MergeOptions) -> tuple[Checkpoint, ...]:
-    """Open all inputs; a checkpoint given twice is opened once."""
-    opened = {path: open_checkpoint(path) for path in dict.fromkeys(options.inputs)}
-    return tuple(opened[path] for path in options.inputs)
+from nemo_warp.merge.results import GroupResult, MergeResult, exact_sum
 
 
 class Run:
@@ -90,7 +46,7 @@ class Run:
             if output.final.exists() and not allowed:
                 raise ValueError(f"{output.final} exists; pass --overwrite to replace it")
         if not self.journal.is_sealed():
-            _check_space(self.outputs)
+            check_space(self.outputs)
 
     def prepare(self) -> None:
         """Rank 0: resume the outputs of a killed run of the same plan, or start afresh.
@@ -171,7 +127,7 @@ class Run:
         known = self.journal.groups()
         result = MergeResult(self.plan, [known[group.name] for group in self.plan.groups])
         if not self.options.allow_similar:
-            _refuse_similar(result)
+            refuse_similar(result)
         return result
 
     def seal(self, result: MergeResult) -> None:
@@ -203,144 +159,6 @@ class Run:
         for output in self.outputs:
             output.discard()
         self.meeting.close()
-
-
-def share(groups: Iterable[GroupPlan], world: World) -> list[GroupPlan]:
-    """This process's groups: the largest first, each to whoever has least so far."""
-    groups = list(groups)
-    loads, owner = [0] * world.size, {}
-    for group in sorted(groups, key=lambda g: -g.input_bytes):
-        rank = loads.index(min(loads))
-        loads[rank] += group.input_bytes
-        owner[group.name] = rank
-    return [group for group in groups if owner[group.name] == world.rank]
-
-
-def unit_coefficients(plan: MergePlan, unit: str, gram: np.ndarray) -> np.ndarray:
-    """[K + 1, N] coefficients over the inputs: one row per eta, then the merged task vector.
-
-    Raises:
-        OppositeTaskVectorsError: names the unit.
-    """
-    options, size = plan.options, 1 + len(plan.options.policies)
-    try:
-        merged = merge_coefficients(options.method, gram[:size, :size], options.weight)
-    except OppositeTaskVectorsError as error:
-        raise OppositeTaskVectorsError(f"{unit}: {error}") from None
-    padded = np.concatenate([merged, np.zeros(len(gram) - size)])
-    towards = 0 if options.liti_towards is None else size
-    rows = [liti_coefficients(padded, eta, towards) for eta in options.etas]
-    task_vector = padded.copy()
-    task_vector[towards] -= 1.0
-    return np.stack([*rows, task_vector])
-
-
-def execute(plan: MergePlan, world: World) -> tuple[Run, MergeResult | None]:
-    """Do this process's share; rank 0 returns with all outputs sealed but not published.
-
-    Raises:
-        CheckpointError: damaged or non-finite inputs; whatever was written is removed.
-        ValueError: outputs exist, or the weights cannot be merged; likewise.
-    """
-    run = Run(plan, world)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        if world.rank == 0:
-            return run, _lead(run)
-        _follow(run)
-        return run, None
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _lead(run: Run) -> MergeResult:
-    run.check_targets()
-    with _locked(run.outputs[0].folder):
-        try:
-            run.prepare()
-            if not run.journal.is_sealed():
-                run.meeting.admit()
-                _merge_share(run)
-                run.meeting.wait_for_all()
-            result = run.result()
-            run.seal(result)
-            return result
-        except Exception:
-            run.discard()
-            raise
-
-
-def _follow(run: Run) -> None:
-    run.meeting.wait_until_prepared()
-    try:
-        _merge_share(run)
-    except Exception as error:
-        run.meeting.finish(error)
-        raise
-    run.meeting.finish()
-
-
-def _merge_share(run: Run) -> None:
-    groups = share(run.plan.groups, run.world)
-    total = sum(g.input_bytes + len(run.outputs) * g.output_bytes for g in groups)
-    quiet = run.world.rank != 0
-    with tqdm(
-        total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="merge", disable=quiet
-    ) as bar:
-        run.merge_groups(groups, bar.update)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Make and hold the outputs' hidden folder: one merge per output at a time.
-
-    Raises:
-        ValueError: another process holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise ValueError(f"another merge is at work in {folder}; wait for it or stop it") from None
-    finally:
-        os.close(descriptor)
-
-
-def _check_space(outputs: list[Output]) -> None:
-    """Raise before the first write if the outputs do not fit.
-
-    Raises:
-        OSError: says how much is missing where.
-    """
-    needed: dict[int, int] = {}
-    for output in outputs:
-        folder = next(path for path in output.final.absolute().parents if path.is_dir())
-        device = folder.stat().st_dev
-        needed[device] = needed.get(device, 0) + output.missing_bytes()
-        free = shutil.disk_usage(folder).free
-        if needed[device] > free:
-            raise OSError(
-                f"{folder} has {free / 1e9:.2f} GB free, the outputs need "
-                f"{needed[device] / 1e9:.2f} GB; free some space or write elsewhere"
-            )
-
-
-def _refuse_similar(result: MergeResult) -> None:
-    gram = exact_sum([u.gram for u in result.units.values()])
-    deltas = gram[1:, 1:]
-    for i in range(len(result.plan.options.policies)):
-        for j in range(i):
-            norms = np.sqrt(deltas[i, i] * deltas[j, j])
-            if norms > 0.0 and deltas[i, j] / norms > SIMILAR_COSINE:
-                a, b = result.plan.options.policies[j], result.plan.options.policies[i]
-                raise ValueError(
-                    f"{a} and {b} are nearly the same policy (cosine {deltas[i, j] / norms:.4f} "
-                    f"of their task vectors, above {SIMILAR_COSINE}): were seeds or prompt orders "
-                    "shared? pass --allow-similar to merge them all the same"
-                )
 
 
 def _raise_first(futures: list[Future]) -> None:

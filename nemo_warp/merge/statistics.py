@@ -10,8 +10,7 @@ import numpy as np
 
 from nemo_warp.checkpoints.names import depth_of
 from nemo_warp.core.merging import angle, full_weight_gram
-from nemo_warp.merge.results import UnitResult, exact_sum
-from nemo_warp.merge.run import MergeResult
+from nemo_warp.merge.results import MergeResult, UnitResult, exact_sum
 
 REALISED_TOLERANCE = 0.05
 WIDE_DEGREES = 120.0
