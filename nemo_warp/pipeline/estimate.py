@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nemo_warp.pipeline import slurm
+from nemo_warp.pipeline import slurm_jobs
 from nemo_warp.pipeline.plan import EVALUATION, FRONT, MEMBER
 from nemo_warp.pipeline.recipe import Recipe
 
@@ -76,6 +76,6 @@ def _hours(seconds_each: float | None, number: float) -> float | None:
 def _shape(recipe: Recipe, kind: str) -> tuple[int, int]:
     """Nodes and GPUs of one job."""
     if recipe.values["launcher"]["kind"] == "slurm":
-        job = slurm.job_shape(recipe, kind)
+        job = slurm_jobs.job_shape(recipe, kind)
         return job.nodes, job.nodes * job.gpus_per_node
     return 1, len(recipe.values["launcher"]["gpus"]) // recipe.values["launcher"]["side_by_side"]

@@ -14,7 +14,7 @@ import shlex
 from collections.abc import Callable, Iterator
 
 from nemo_warp import exit_codes
-from nemo_warp.pipeline import locks, slurm
+from nemo_warp.pipeline import locks, slurm, slurm_jobs
 from nemo_warp.pipeline.attempts import list_attempts, progress
 from nemo_warp.pipeline.plan import FINAL, FRONT, REPORT, Stage, merge_name
 from nemo_warp.pipeline.recipe import Recipe
@@ -41,7 +41,7 @@ def run_round(recipe: Recipe, say: Callable[[str], None] = print) -> int:
 
 
 def _run_round(recipe: Recipe, say: Callable[[str], None]) -> int:
-    queue = slurm.queue(recipe)
+    queue = slurm_jobs.queue(recipe)
     _cancel_hopeless(queue, say)
     states = inspect(recipe, queue)
     code = exit_code(states)
@@ -69,8 +69,8 @@ def _run_round(recipe: Recipe, say: Callable[[str], None]) -> int:
     os.environ[_MARK_VARIABLE] = f"{mark}:{idle}"
     recipe.paths.slurm_logs.mkdir(exist_ok=True)
     jobs = submit_missing(recipe, states, submit)
-    if jobs and slurm.DRIVER not in queue:
-        submit(slurm.sbatch_driver(recipe, driver_waits_for(recipe, jobs)))
+    if jobs and slurm_jobs.DRIVER not in queue:
+        submit(slurm_jobs.sbatch_driver(recipe, driver_waits_for(recipe, jobs)))
     return exit_codes.IN_PROGRESS if jobs else exit_codes.FAILED
 
 
@@ -92,7 +92,7 @@ def submit_missing(recipe: Recipe, states: dict[str, StageState], submit: Submit
         missing = [s for s in stages if _is_missing(s, states, jobs)]
         if missing:
             after = sorted({jobs[n] for s in missing for n in s.needs if n in jobs})
-            job = submit(slurm.sbatch_stage(recipe, missing, after))
+            job = submit(slurm_jobs.sbatch_stage(recipe, missing, after))
             # A new array is waited for as a whole, an older one only for the tasks still in it.
             jobs |= {stage.name: job for stage in missing}
     return jobs

@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from nemo_warp import exit_codes
-from nemo_warp.pipeline import attempts, locks, slurm
+from nemo_warp.pipeline import attempts, locks, slurm, slurm_jobs
 from nemo_warp.pipeline.paths import StagePaths
 from nemo_warp.pipeline.plan import Stage
 from nemo_warp.pipeline.recipe import Recipe, load_recipe
@@ -150,7 +150,7 @@ def _supersede(recipe: Recipe, stage: Stage, request: Request) -> None:
 
 def _allocation(recipe: Recipe, stage: Stage) -> Allocation:
     if recipe.values["launcher"]["kind"] == "slurm" and slurm.in_job():
-        job = slurm.job_shape(recipe, stage.kind)
+        job = slurm_jobs.job_shape(recipe, stage.kind)
         return slurm_allocation(recipe.cluster, job.gpus_per_node)
     return Allocation()
 

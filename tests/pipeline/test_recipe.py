@@ -8,7 +8,8 @@ from sandbox import ROOT, Sandbox
 
 from nemo_warp import exit_codes
 from nemo_warp.config import identity_hash
-from nemo_warp.pipeline.recipe import load_recipe, open_run
+from nemo_warp.pipeline.opening import open_run
+from nemo_warp.pipeline.recipe import load_recipe
 
 REWARD = {"weight": 1.0, "callable": "nemo_warp.rewards.library:vader_compound"}
 

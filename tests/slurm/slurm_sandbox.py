@@ -16,7 +16,7 @@ import yaml
 from cluster import Cluster
 from sandbox import ROOT, Sandbox
 
-from nemo_warp.pipeline import slurm
+from nemo_warp.pipeline import slurm_jobs
 from nemo_warp.pipeline.recipe import load_recipe
 
 PATIENCE_S = 240.0
@@ -95,7 +95,7 @@ class SlurmSandbox(Sandbox):
 
     @functools.cached_property
     def tag(self) -> str:
-        return slurm.run_tag(load_recipe(self.recipe))
+        return slurm_jobs.run_tag(load_recipe(self.recipe))
 
     def attempt(self, stage: str, index: int) -> dict[str, Any]:
         directories = sorted((self.run_directory / stage / "attempts").iterdir())

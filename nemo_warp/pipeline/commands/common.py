@@ -9,7 +9,7 @@ from functools import wraps
 from pathlib import Path
 
 from nemo_warp import exit_codes
-from nemo_warp.pipeline import slurm
+from nemo_warp.pipeline import slurm, slurm_jobs
 from nemo_warp.pipeline.locks import LockHeldError
 from nemo_warp.pipeline.recipe import Recipe, load_recipe
 from nemo_warp.pipeline.state import QueuedJob
@@ -54,7 +54,7 @@ def existing(args: argparse.Namespace) -> Recipe:
 
 def queue_of(recipe: Recipe) -> dict[str, QueuedJob] | None:
     """This run's jobs, for runs that use Slurm."""
-    return slurm.queue(recipe) if recipe.values["launcher"]["kind"] == "slurm" else None
+    return slurm_jobs.queue(recipe) if recipe.values["launcher"]["kind"] == "slurm" else None
 
 
 def in_words(main: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator
 
 from nemo_warp import exit_codes
-from nemo_warp.pipeline import programs, slurm
+from nemo_warp.pipeline import programs, slurm_jobs
 from nemo_warp.pipeline.commands.common import add_recipe, in_words, load
 from nemo_warp.pipeline.estimate import costs, disk_bytes
 from nemo_warp.pipeline.plan import MEMBER, MERGE, Stage
@@ -104,7 +104,7 @@ def _submissions(recipe: Recipe) -> Iterator[str]:
     for number in range(1, recipe.values["iterations"] + 1):
         lines.append(f"round {number}")
         jobs = submit_missing(recipe, states, submit)
-        submit(slurm.sbatch_driver(recipe, driver_waits_for(recipe, jobs)))
+        submit(slurm_jobs.sbatch_driver(recipe, driver_waits_for(recipe, jobs)))
         done = set(jobs)
         states = {
             name: StageState(state.stage, Status.DONE if name in done else state.status)
@@ -117,7 +117,7 @@ def _submissions(recipe: Recipe) -> Iterator[str]:
 def _steps(recipe: Recipe, stage: Stage) -> Iterator[str]:
     allocation = Allocation("python")
     if recipe.values["launcher"]["kind"] == "slurm":
-        shape = slurm.job_shape(recipe, stage.kind)
+        shape = slurm_jobs.job_shape(recipe, stage.kind)
         hosts = tuple(f"node{number}" for number in range(1, shape.nodes + 1))
         allocation = Allocation(
             recipe.cluster["step_python"], hosts, recipe.cluster, shape.gpus_per_node

@@ -8,7 +8,8 @@ from nemo_warp import exit_codes
 from nemo_warp.pipeline import locks
 from nemo_warp.pipeline.commands.common import EXIT_CODES, add_recipe, in_words, load
 from nemo_warp.pipeline.local import LocalDriver
-from nemo_warp.pipeline.recipe import Recipe, open_run
+from nemo_warp.pipeline.opening import open_run
+from nemo_warp.pipeline.recipe import Recipe
 from nemo_warp.pipeline.rounds import run_round
 from nemo_warp.pipeline.view import Live
 

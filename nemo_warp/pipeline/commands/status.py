@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from nemo_warp import exit_codes
-from nemo_warp.pipeline import locks, slurm
+from nemo_warp.pipeline import locks, slurm, slurm_jobs
 from nemo_warp.pipeline.commands.common import EXIT_CODES, add_recipe, existing, in_words
 from nemo_warp.pipeline.progress import measure
 from nemo_warp.pipeline.recipe import Recipe
@@ -52,7 +52,7 @@ def _queue(recipe: Recipe) -> tuple[dict[str, QueuedJob] | None, str | None]:
     if recipe.values["launcher"]["kind"] != "slurm":
         return None, None
     try:
-        return slurm.queue(recipe, patience_s=5.0), None
+        return slurm_jobs.queue(recipe, patience_s=5.0), None
     except slurm.SlurmError as error:
         return None, f"the queue cannot be read ({error}); this is what the disk says."
 
@@ -82,7 +82,7 @@ def what_next(
         return f"nothing, it was stopped; go on with: nemo-warp resume {root}"
     if named[Status.FAILED] and not named[Status.RUNNING] and not named[Status.QUEUED]:
         return f"nothing until you act: nemo-warp resume {root}"
-    by_slurm = queue is not None and slurm.DRIVER in queue
+    by_slurm = queue is not None and slurm_jobs.DRIVER in queue
     driven = by_slurm or locks.is_held(recipe.paths.driver_lock)
     coming = (named[Status.READY] + named[Status.QUEUED] + named[Status.WAITING])[:1]
     step = f"{coming[0]}" if coming else "the end"
