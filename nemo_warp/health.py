@@ -55,7 +55,7 @@ REQUIRED = {"slurm": _CORE, "merge": _MERGE, "train": _TRAIN}
 STAND_INS = {
     "apex": "plain torch in NeMo's way of a Megatron-core GPT",
     "transformer_engine": "Megatron-core's local layers, same checkpoints",
-    "tensorrt_llm": "NeMo's own generation (rollout.backend=nemo)",
+    "tensorrt_llm": "NeMo's own generation (rollout.trt_llm.enable=false)",
 }
 """Import name of an NVIDIA package -> what `nemo_warp.aligner.compat` uses in its place."""
 

@@ -12,6 +12,7 @@ Optimizers, precision paths, parallelism and generation (NeMo or TensorRT-LLM) a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -121,6 +122,15 @@ class WarpActorModel(MegatronGPTReinforceActorModel):
             )
             kl = (kl * mask).sum(-1)
         return broadcast_tensor_within_pp(kl)
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Generate and score inside; refits the TensorRT-LLM engine, where that is in use."""
+        self.prepare_for_inference()
+        try:
+            yield
+        finally:
+            self.finish_inference()
 
     def seed_sampling(self, seed: int) -> None:
         """Make the next `infer` a function of ``seed``, equal on all ranks that sample together."""

@@ -55,18 +55,17 @@ class Evaluator:
         Raises:
             RewardFailureRateError: on every rank.
         """
-        self.model.prepare_for_inference()
-        rollouts = generate(
-            self.model,
-            self.prompts,
-            self.rewards,
-            self.config.micro_batch_size,
-            seed_parts=(self.config.seed, "evaluation"),
-        )
-        self.rewards.check(rollouts.failed)
-        values = self._rewards(rollouts) | self._divergences(rollouts, anchor)
+        with self.model.inference():
+            rollouts = generate(
+                self.model,
+                self.prompts,
+                self.rewards,
+                self.config.micro_batch_size,
+                seed_parts=(self.config.seed, "evaluation"),
+            )
+            self.rewards.check(rollouts.failed)
+            values = self._rewards(rollouts) | self._divergences(rollouts, anchor)
         values["samples"] = self._samples(rollouts)
-        self.model.finish_inference()
         return values
 
     def _rewards(self, rollouts: Rollouts) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def build_member(config: Any, texts: dict[str, list[str]], stop: StopRequest) ->
     reference = {"ema": anchor and anchor.weights, "sft": sft, "none": None}
     state = _resume(config, policy, anchor)
     rewards = RewardSource(config, config.run.name)
-    rewards.connect()
+    rewards.connect(state["rewards"])
     prompts = {name: _tokenize(config, model, name, texts[name]) for name in texts}
     evaluator = Evaluator(
         config, model, prompts["heldout"][: config.evaluation.num_prompts], rewards, sft
@@ -138,7 +138,7 @@ def finish(config: Any, texts: dict[str, list[str]], member: Member) -> None:
             "prompt_order_hash": order_hash(texts["train"], config.run.seed),
             "dtype": config.export.dtype,
             "rewards": fingerprints,
-            "baseline": trainer.baseline,
+            "baseline": trainer.objective.baseline,
         }
         record = Completion(
             kind="member",
@@ -156,7 +156,7 @@ def _resume(config: Any, policy: Policy, anchor: EmaAnchor | None) -> dict[str, 
     directory = Path(config.run.directory) / "checkpoints"
     checkpoints = training_checkpoint.completed_checkpoints(directory)
     if not checkpoints:
-        return {"step": 0, "evaluated": False}
+        return {"step": 0, "evaluated": False, "rewards": None}
     state = training_checkpoint.read_trainer_state(checkpoints[-1])
     training_checkpoint.load(checkpoints[-1], policy.model, anchor)
     return state
@@ -188,8 +188,8 @@ def _announce(trainer: WarpReinforceTrainer, weights: dict[str, ShardedWeights])
     logging.info(
         f"reward - {algorithm.kl_coefficient} * KL to {algorithm.anchor} anchor; KL estimator "
         f"{algorithm.kl_estimator}, {algorithm.kl_reduction} over the response; baseline "
-        f"{trainer.baseline}; policy loss {algorithm.policy_reduction}; log-probabilities at "
-        f"temperature {algorithm.log_prob_temperature}, sampling at "
+        f"{trainer.objective.baseline}; policy loss {algorithm.policy_reduction}; "
+        f"log-probabilities at temperature {algorithm.log_prob_temperature}, sampling at "
         f"{trainer.config.rollout.temperature}"
     )
     logging.info(f"starting at step {trainer.step} of {trainer.config.run.total_steps}")

@@ -51,8 +51,11 @@ class RewardSource:
         self._budget = RewardClientSettings.from_config(config.reward_client).failure_budget()
         self._reasons: list[str] = []  # of the failures since the last check
 
-    def connect(self) -> None:
+    def connect(self, expected: dict[str, str] | None = None) -> None:
         """Wait until every server is ready and is the expected one, on all ranks or none.
+
+        Args:
+            expected: fingerprints of the rewards the run was begun with; None at its start.
 
         Raises:
             RewardError: on every rank, naming what the first of them found.
@@ -61,7 +64,8 @@ class RewardSource:
         if self._mixture is not None:
             try:
                 self._mixture.connect()
-            except Exception as error:  # carried to all ranks, raised below
+                _check_same(expected, self._mixture.fingerprints)
+            except RewardError as error:  # carried to all ranks, raised below
                 message = str(error)
         messages: list[str | None] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(messages, message)
@@ -137,6 +141,17 @@ def response_texts(actor: Any, output: dict[str, Tensor]) -> list[str]:
         response = [t for t in tokens[start:stop] if t != actor.tokenizer.eos_id]
         texts.append(actor.tokenizer.ids_to_text(response))
     return texts
+
+
+def _check_same(expected: dict[str, str] | None, found: dict[str, str]) -> None:
+    changed = [name for name in expected or {} if found.get(name) != expected[name]]
+    if changed:
+        name = changed[0]
+        raise RewardError(
+            f"reward '{name}' is not the one the run was begun with (fingerprint "
+            f"{found.get(name)}, expected {expected[name]}); serve that one again, or start the "
+            "member again in a new directory"
+        )
 
 
 def _share(scores: Tensor | None) -> LocalScores:

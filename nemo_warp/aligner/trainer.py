@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import math
 import time
-from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -25,15 +24,18 @@ from tqdm import tqdm
 from nemo_warp.aligner import training_checkpoint
 from nemo_warp.aligner.anchor import EmaAnchor
 from nemo_warp.aligner.evaluation import Evaluator
+from nemo_warp.aligner.objective import Batch, Objective
 from nemo_warp.aligner.prompts import Prompt
 from nemo_warp.aligner.rewards import RewardSource
-from nemo_warp.aligner.rollouts import Rollouts, gather_rows, generate, local_rows
+from nemo_warp.aligner.rollouts import Rollouts, generate, local_rows
 from nemo_warp.aligner.stopping import StopRequest
 from nemo_warp.aligner.timings import Timings
 from nemo_warp.aligner.weights import ShardedWeights
-from nemo_warp.core.reinforce import compute_advantages, sequence_kl, token_weights
 from nemo_warp.core.seeds import prompt_indices
+from nemo_warp.records import RecordError
 from nemo_warp.rewards import RewardFailureRateError
+
+_START_KL = 1e-3  # nats; 0 exactly with deterministic kernels
 
 
 class Outcome(Enum):
@@ -43,19 +45,6 @@ class Outcome(Enum):
     STOPPED = "stopped early, saved"
     REWARDS_FAILED = "too many rewards failed, saved"
     KL_LIMIT = "KL to SFT passed its limit, saved"
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What one rollout gives the optimizer, and what there is to report about it.
-
-    Attributes:
-        data: ``response_tokens`` int64 [B, S] and ``weights`` float32 [B, S-1], the global batch.
-        metrics: numbers for the log.
-    """
-
-    data: dict[str, Tensor]
-    metrics: dict[str, float]
 
 
 class WarpReinforceTrainer(ReinforceTrainer):
@@ -93,16 +82,16 @@ class WarpReinforceTrainer(ReinforceTrainer):
         self.prompts = prompts
         self.rewards = rewards
         self.anchor = anchor
-        self.reference = reference
         self.evaluator = evaluator
         self.log = log
-        self.logger = _Upstream(log)
+        self.logger = _NoLogger()
         self.stop = stop
         self.step = step
         self.evaluated = evaluated
         self.reinforce_optimization_step = step
         self.checkpoints = Path(config.run.directory) / "checkpoints"
         self.timings = Timings()
+        self.objective = Objective(config, model, reference, self.timings)
 
     def fit(self) -> Outcome:
         """Train to step T, or until told to stop; returns how it ended. Collective."""
@@ -155,11 +144,12 @@ class WarpReinforceTrainer(ReinforceTrainer):
             FloatingPointError: a gradient was not finite; the weights are no longer to be used.
         """
         clear_memory()
-        with self.timings.measure("rollout"):
-            rollouts = self.generate_rollouts()
-        self.rewards.check(rollouts.failed)
-        with self.timings.measure("log_prob"):
-            batch = self.prepare_batch(rollouts)
+        with self.model.inference():
+            with self.timings.measure("rollout"):
+                rollouts = self.generate_rollouts()
+            self.rewards.check(rollouts.failed)
+            batch = self.objective.batch(rollouts)
+        self._check_start(batch)
         with self.timings.measure("train"):
             _, metrics = self.run_training(self.optimizer_batches(batch.data))
         return batch.metrics | metrics
@@ -172,8 +162,7 @@ class WarpReinforceTrainer(ReinforceTrainer):
         first = number * rollout.prompts_per_step
         indices = prompt_indices(run.seed, first, rollout.prompts_per_step, len(self.prompts))
         prompts = [self.prompts[i] for i in indices for _ in range(rollout.samples_per_prompt)]
-        self.model.prepare_for_inference()
-        rollouts = generate(
+        return generate(
             self.model,
             prompts,
             self.rewards,
@@ -181,34 +170,6 @@ class WarpReinforceTrainer(ReinforceTrainer):
             seed_parts=(run.seed, "rollout", number),
             pad_multiple=_sequence_multiple(self.model),
         )
-        self.model.finish_inference()
-        return rollouts
-
-    @torch.no_grad()
-    def prepare_batch(self, rollouts: Rollouts) -> Batch:
-        """KL-regularised rewards, advantages and loss weights; identical on every rank."""
-        algorithm = self.config.algorithm
-        valid = ~rollouts.failed
-        if algorithm.exclude_truncated:
-            valid = valid & rollouts.is_end
-        kl = self._kl_to_anchor(rollouts)
-        penalty = self.config.length_penalty * rollouts.response_lengths
-        regularised = rollouts.rewards - penalty - algorithm.kl_coefficient * kl
-        advantages = compute_advantages(regularised, self._groups(), valid, self.baseline)
-        weights = token_weights(advantages, rollouts.mask, algorithm.policy_reduction)
-        metrics = {
-            "reward": _mean(rollouts.rewards, ~rollouts.failed),
-            "regularised_reward": _mean(regularised, valid),
-            "advantage_std": _mean(advantages.values.square(), advantages.used) ** 0.5,
-            "length": rollouts.response_lengths.float().mean().item(),
-            "ended_share": rollouts.is_end.float().mean().item(),
-            "failed_rewards": int(rollouts.failed.sum()),
-            "samples_used": int(advantages.used.sum()),
-        }
-        if self.reference is not None:
-            metrics["kl_to_anchor"] = kl.mean().item()
-            self._check_start(kl)
-        return Batch({"response_tokens": rollouts.tokens, "weights": weights}, metrics)
 
     def optimizer_batches(self, data: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         """This rank's rows of each optimizer step's part of the batch.
@@ -246,50 +207,25 @@ class WarpReinforceTrainer(ReinforceTrainer):
     def save(self) -> None:
         """Write a training checkpoint of this step boundary. Collective."""
         self.model.prepare_for_training()
-        state = {"step": self.step, "evaluated": self.evaluated}
+        state = {
+            "step": self.step,
+            "evaluated": self.evaluated,
+            "rewards": self.rewards.fingerprints,
+        }
         with self.timings.measure("save"):
             training_checkpoint.save(
                 self.checkpoints, self.model, self.anchor, state, self.config.run.keep_checkpoints
             )
         self.model.finish_training()
 
-    @property
-    def baseline(self) -> str:
-        """The baseline in use: leave-one-out needs more than one sample per prompt."""
-        algorithm, rollout = self.config.algorithm, self.config.rollout
-        alone = algorithm.baseline == "leave_one_out" and rollout.samples_per_prompt == 1
-        return "batch_mean" if alone else algorithm.baseline
-
-    def _groups(self) -> Tensor:
-        """Which prompt of the step each sample answers, int64 [B]."""
-        rollout = self.config.rollout
-        slots = torch.arange(rollout.prompts_per_step, device=torch.cuda.current_device())
-        return slots.repeat_interleave(rollout.samples_per_prompt)
-
-    def _kl_to_anchor(self, rollouts: Rollouts) -> Tensor:
-        """KL estimate of each response, float32 [B]; each rank computes its own rows."""
-        if self.reference is None:
-            return torch.zeros_like(rollouts.rewards)
-        rows = local_rows(len(rollouts.tokens))
-        self.model.prepare_for_inference()
-        log_probs = self.model.get_inference_log_probs(rollouts.tokens[rows])
-        with self.timings.measure("anchor_log_prob"), self.reference.in_place():
-            anchor_log_probs = self.model.get_inference_log_probs(rollouts.tokens[rows])
-        self.model.finish_inference()
-        algorithm = self.config.algorithm
-        kl = sequence_kl(
-            log_probs,
-            anchor_log_probs,
-            rollouts.mask[rows],
-            algorithm.kl_estimator,
-            algorithm.kl_reduction,
-        )
-        return gather_rows(kl)
-
-    def _check_start(self, kl: Tensor) -> None:
-        """At step 0 the EMA anchor is the policy, so their KL is 0 exactly."""
-        if self.step == 0 and self.anchor is not None and kl.abs().max() > 0:
-            raise AssertionError(f"KL to the anchor is {kl.abs().max()} at step 0, expected 0")
+    def _check_start(self, batch: Batch) -> None:
+        """At step 0 the EMA anchor is the policy, so their KL is 0."""
+        distance = batch.kl.abs().max().item()
+        if self.step == 0 and self.anchor is not None and distance > _START_KL:
+            raise RecordError(
+                f"KL to the anchor is {distance:.3g} nats at step 0, expected 0: policy and anchor "
+                "do not hold the same weights"
+            )
 
     def _due(self, interval: int) -> bool:
         """At multiples of ``interval``, counted over updates, and at step T."""
@@ -297,7 +233,7 @@ class WarpReinforceTrainer(ReinforceTrainer):
 
     def _evaluate(self) -> dict[str, Any]:
         with self.timings.measure("evaluation"):
-            values = self.evaluator.evaluate(self.reference)
+            values = self.evaluator.evaluate(self.objective.reference)
         if self.anchor is not None and self.anchor.flat is not None:
             values["anchor_flat"] = self.anchor.flat
         self.evaluated = True
@@ -322,19 +258,11 @@ class WarpReinforceTrainer(ReinforceTrainer):
         bar.update(self.step - bar.n)
 
 
-class _Upstream:
-    """Stands where upstream's `run_training` logs each optimizer step; `_report` logs them here."""
-
-    def __init__(self, log: Any) -> None:
-        self._log = log
+class _NoLogger:
+    """Stands where upstream's `run_training` logs each optimizer step; `_report` logs it here."""
 
     def log_metrics(self, *args: Any, **kwargs: Any) -> None:
         """Already part of the step's own record."""
-
-
-def _mean(values: Tensor, where: Tensor) -> float:
-    """Mean over the samples that count; NaN if there are none."""
-    return values[where].mean().item()
 
 
 def _sequence_multiple(model: Any) -> int:

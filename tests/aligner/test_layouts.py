@@ -25,13 +25,13 @@ def train_on_given_rollouts(materials, directory, layout, rate=RATE, anchor="ema
     history = [lab.local_tensors(trainer.model)]
     batches, kls, losses = [], [], []
     for step in range(steps):
-        batch = trainer.prepare_batch(lab.given_rollouts(step))
+        batch = trainer.objective.batch(lab.given_rollouts(step))
         loss, _ = trainer.run_training(trainer.optimizer_batches(batch.data))
         history.append(lab.local_tensors(trainer.model))
         batches.append(batch.data["weights"])
         kls.append(batch.metrics["kl_to_anchor"])
         losses.append(loss)
-    with trainer.reference.in_place(torch.float32):
+    with trainer.objective.reference.in_place(torch.float32):
         anchor_tensors = lab.local_tensors(trainer.model)
     return {
         "history": history,
@@ -39,7 +39,7 @@ def train_on_given_rollouts(materials, directory, layout, rate=RATE, anchor="ema
         "batches": batches,
         "kls": kls,
         "losses": losses,
-        "nbytes": trainer.reference.nbytes,
+        "nbytes": trainer.objective.reference.nbytes,
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
     }
 
@@ -125,7 +125,7 @@ def gradients_by_micro_batch(materials, directory):
     config = lab.member_config(materials, directory)
     trainer = lab.build_trainer(config)
     model = trainer.model
-    batch = trainer.prepare_batch(lab.given_rollouts(0)).data
+    batch = trainer.objective.batch(lab.given_rollouts(0)).data
     found = {}
     for size in (1, 2, 4):
         model.cfg.micro_batch_size = size

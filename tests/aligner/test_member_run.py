@@ -12,7 +12,7 @@ import pytest
 from member_lab import Layout
 from omegaconf import OmegaConf
 from ranks import RankError, run_ranks
-from reward_servers import VADER, running
+from reward_servers import STRANGE, VADER, running
 
 from nemo_warp import exit_codes
 from nemo_warp.records import hash_file, read_completion
@@ -132,14 +132,15 @@ def killed_in_step(config_path, step, rank):
     """Fault injection: this rank is killed when it has generated its rollouts of ``step``."""
     from nemo_warp.aligner.trainer import WarpReinforceTrainer
 
-    prepare = WarpReinforceTrainer.prepare_batch
+    generate = WarpReinforceTrainer.generate_rollouts
 
-    def prepare_or_die(trainer, rollouts):
+    def generate_and_die(trainer):
+        rollouts = generate(trainer)
         if trainer.step == step and int(os.environ["RANK"]) == rank:
             os.kill(os.getpid(), signal.SIGKILL)
-        return prepare(trainer, rollouts)
+        return rollouts
 
-    WarpReinforceTrainer.prepare_batch = prepare_or_die
+    WarpReinforceTrainer.generate_rollouts = generate_and_die
     return run_main(config_path)
 
 
@@ -178,14 +179,14 @@ def signalled_in_step(config_path, step, number):
     """Fault injection: the last rank alone gets the signal in the middle of ``step``."""
     from nemo_warp.aligner.trainer import WarpReinforceTrainer
 
-    prepare = WarpReinforceTrainer.prepare_batch
+    generate = WarpReinforceTrainer.generate_rollouts
 
-    def prepare_and_signal(trainer, rollouts):
+    def generate_and_signal(trainer):
         if trainer.step == step and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
             os.kill(os.getpid(), number)
-        return prepare(trainer, rollouts)
+        return generate(trainer)
 
-    WarpReinforceTrainer.prepare_batch = prepare_and_signal
+    WarpReinforceTrainer.generate_rollouts = generate_and_signal
     return run_main(config_path)
 
 
@@ -318,3 +319,15 @@ def test_kl_limit_ends_the_run(materials, member_vader, tmp_path):
     )
     assert run_ranks(run_main, 1, config) == [exit_codes.KL_LIMIT]
     assert not (tmp_path / "member/completion.json").exists()
+
+
+def test_reward_that_changed_is_refused(materials, member_vader, tmp_path, capfd):
+    """Stopped with VADER, resumed with another reward under the same name."""
+    config = write_config(materials, member_vader, tmp_path)
+    assert run_ranks(signalled_in_step, 1, config, 0, signal.SIGUSR1) == [
+        exit_codes.STOPPED_RESUMABLE
+    ]
+    with running(tmp_path / "server", STRANGE, run_id="test") as server:
+        endpoint = f"rewards.0.endpoint={server.endpoint_file}"
+        assert run_ranks(run_main, 1, config, endpoint) == [exit_codes.FAILED]
+    assert "is not the one the run was begun with" in capfd.readouterr().err

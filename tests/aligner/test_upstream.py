@@ -36,7 +36,7 @@ def ours(materials, directory):
     trainer = lab.build_trainer(upstream_config(materials, directory))
     losses = []
     for step in range(STEPS):
-        batch = trainer.prepare_batch(lab.given_rollouts(step))
+        batch = trainer.objective.batch(lab.given_rollouts(step))
         losses.append(trainer.run_training(trainer.optimizer_batches(batch.data))[0])
     return losses, lab.local_tensors(trainer.model)
 
@@ -176,7 +176,7 @@ def beta_zero_upstream(materials, directory):
 def beta_zero_ours(materials, directory):
     algorithm = {"anchor": "none", "kl_coefficient": 0.0}
     trainer = lab.build_trainer(lab.member_config(materials, directory, algorithm=algorithm))
-    batch = trainer.prepare_batch(lab.given_rollouts(0))
+    batch = trainer.objective.batch(lab.given_rollouts(0))
     _, metrics = trainer.run_training(trainer.optimizer_batches(batch.data))
     return metrics["grad_norm"]
 
@@ -193,9 +193,9 @@ def one_sample_per_prompt(materials, directory):
         materials, directory, rollout={"prompts_per_step": 8, "samples_per_prompt": 1}
     )
     trainer = lab.build_trainer(config)
-    batch = trainer.prepare_batch(lab.given_rollouts(0))
+    batch = trainer.objective.batch(lab.given_rollouts(0))
     _, metrics = trainer.run_training(trainer.optimizer_batches(batch.data))
-    return trainer.baseline, metrics["grad_norm"]
+    return trainer.objective.baseline, metrics["grad_norm"]
 
 
 def test_gradient_with_one_sample_per_prompt(materials, tmp_path):
@@ -210,7 +210,7 @@ def failed_and_truncated(materials, directory):
     rollouts = lab.given_rollouts(0)
     rollouts.rewards[2] = torch.nan
     rollouts.failed[2] = True
-    batch = trainer.prepare_batch(rollouts)
+    batch = trainer.objective.batch(rollouts)
     loss, metrics = trainer.run_training(trainer.optimizer_batches(batch.data))
     return batch, np.isfinite(loss) and np.isfinite(metrics["grad_norm"])
 

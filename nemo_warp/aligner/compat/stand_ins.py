@@ -59,7 +59,7 @@ class TensorRTLLMMissing:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise ValueError(
             "generation through TensorRT-LLM was asked for, but tensorrt_llm is not installed: "
-            "run in the NeMo container, or choose rollout.backend=nemo"
+            "run in the NeMo container, or set rollout.trt_llm.enable=false"
         )
 
 
