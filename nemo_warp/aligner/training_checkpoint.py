@@ -176,14 +176,16 @@ def _without_steps(optimizer: Any) -> Iterator[None]:
     (dist_checkpointing/optimizer.py l.92); NeMo's own optimizers count per group.
     """
     step = _common_step(optimizer)
+    if step is None:
+        yield
+        return
     for state in _parameter_states(optimizer):
         state.pop("step", None)
     try:
         yield
     finally:
-        if step is not None:
-            for state in _parameter_states(optimizer):
-                state["step"] = torch.tensor(step)
+        for state in _parameter_states(optimizer):
+            state["step"] = torch.tensor(step)
 
 
 def _common_step(optimizer: Any) -> float | None:
@@ -205,6 +207,5 @@ def _with_step(state: dict[str, Any], step: float | None) -> dict[str, Any]:
 
 
 def _parameter_states(optimizer: Any) -> list[dict[str, Any]]:
-    """Per-parameter states of a torch optimizer, also behind NeMo's fp32-masters wrapper."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    return list(getattr(inner, "state", {}).values())
+    """Per-parameter states of torch's Adam, also behind NeMo's fp32-masters wrapper."""
+    return list(getattr(optimizer, "optimizer", optimizer).state.values())

@@ -33,7 +33,7 @@ class _Span:
 
 def model_parameters(model: Any) -> list[Tensor]:
     """The parameters on this rank in model order, each once (tied embeddings are one)."""
-    if model.cfg.get("expert_model_parallel_size", 1) > 1:
+    if (model.cfg.get("expert_model_parallel_size") or 1) > 1:
         raise ValueError(
             "expert_model_parallel_size > 1: experts are not replicated over the data-parallel "
             "group, which the anchor is split over; set it to 1"
