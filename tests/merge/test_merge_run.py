@@ -1,0 +1,311 @@
+"""Workers, ranks, refusals, reports and rounding of a merge; no NeMo."""
+
+import json
+import os
+import tarfile
+from itertools import pairwise
+from pathlib import Path
+
+import legacy_checkpoints as legacy
+import merge_reference as reference
+import numpy as np
+import pytest
+import torch
+from ranks import run_ranks
+from synthetic_checkpoints import read_torch_dist, tiny_weights, write_nemo, write_torch_dist
+
+from nemo_warp import exit_codes
+from nemo_warp.checkpoints.checkpoint import open_checkpoint
+from nemo_warp.checkpoints.errors import CheckpointError
+from nemo_warp.checkpoints.inspection import diff, hash_weights
+from nemo_warp.merge import blocks, cli, merge
+from nemo_warp.records import code_version
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+EMBEDDING = "embedding.word_embeddings.weight"
+
+
+def save(path: Path, weights, **options) -> Path:
+    return write_nemo(path, lambda folder: write_torch_dist(folder, weights, **options))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    init = tiny_weights(0, hidden=40, ffn=56, vocab=1000)
+    options = {"hidden": 40, "ffn": 56, "vocab": 1000, "around": init}
+    weights = {"init": init, "a": tiny_weights(1, **options), "b": tiny_weights(2, **options)}
+    code_version()  # cached before any fork
+    layouts = {"init": 2, "a": 1, "b": 4}
+    return {n: save(folder / f"{n}.nemo", w, tp=layouts[n]) for n, w in weights.items()}
+
+
+def run(models, output, **options):
+    policies = [models["a"], models["b"]]
+    return merge(models["init"], policies, output, **{"eta": [0.3, 1.0], **options})
+
+
+def read(path: Path) -> dict[str, torch.Tensor]:
+    with tarfile.open(path) as tar:
+        tar.extractall(path.with_suffix(".read"), filter="data")
+    return reference.unstack(read_torch_dist(path.with_suffix(".read") / "model_weights"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("granularity", ["layer", "model"])
+def test_workers_and_ranks_give_the_same_files(tmp_path, models, granularity):
+    options = {"granularity": granularity, "rounding": "stochastic", "seed": 3}
+    for workers in (1, 2, 4):
+        run(models, tmp_path / f"workers_{workers}" / "{eta}.nemo", workers=workers, **options)
+    for size in (2, 3):
+        output = tmp_path / f"ranks_{size}" / "{eta}.nemo"
+        found = run_ranks(lambda to=output: run(models, to, workers=1, **options) is None, size)
+        assert found == [False] + [True] * (size - 1)
+    expected = contents(tmp_path / "workers_1")
+    assert set(expected) == {"0.3.nemo", "1.nemo"}
+    for other in ("workers_2", "workers_4", "ranks_2", "ranks_3"):
+        assert contents(tmp_path / other) == expected, other
+
+
+def test_a_failing_rank_stops_the_merge(tmp_path, models):
+    weights = tiny_weights(1, hidden=40, ffn=56, vocab=1000)
+    weights["decoder.layers.2.mlp.linear_fc2.weight"][0, 0] = float("nan")
+    broken = save(tmp_path / "broken.nemo", weights)
+
+    def attempt():
+        try:
+            run({**models, "b": broken}, tmp_path / "out" / "{eta}.nemo", workers=1)
+        except (CheckpointError, RuntimeError) as error:
+            return str(error)
+        return "done"
+
+    messages = run_ranks(attempt, 2)
+    assert any("linear_fc2" in message and "NaN" in message for message in messages)
+    assert "done" not in messages[:1]
+    assert contents(tmp_path / "out") == {}
+
+
+def test_slab_size_changes_nothing(tmp_path, models, monkeypatch):
+    run(models, tmp_path / "usual" / "{eta}.nemo")
+    monkeypatch.setattr(blocks, "SLAB", 1 << 11)
+    run(models, tmp_path / "small" / "{eta}.nemo")
+    assert contents(tmp_path / "usual") == contents(tmp_path / "small")
+
+
+def test_blocks_depend_on_the_shape_alone_and_cover_it():
+    for rows, cols in [(1, 1), (7, 1), (100_000, 1), (700, 300), (3, 70_000), (40_000, 16)]:
+        ranges = [
+            (slab.first * cols + start, slab.first * cols + stop)
+            for slab in blocks.slabs_of(rows, cols)
+            for start, stop in blocks.blocks_of(slab, cols)
+        ]
+        assert ranges[0][0] == 0 and ranges[-1][1] == rows * cols
+        assert all(one[1] == two[0] for one, two in pairwise(ranges))
+        assert all(0 < stop - start <= blocks.BLOCK for start, stop in ranges)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w, i: w.pop("decoder.final_layernorm.weight"), "lacks decoder.final_layernorm"),
+        (lambda w, i: w.update(new=w["decoder.final_layernorm.weight"]), "has new"),
+        (lambda w, i: w[EMBEDDING].fill_(float("inf")), "word_embeddings.weight holds a NaN"),
+    ],
+)
+def test_refused_policies(tmp_path, change, message):
+    init = tiny_weights(0)
+    policies = [tiny_weights(1, around=init), tiny_weights(2, around=init)]
+    change(policies[1], init)
+    paths = [save(tmp_path / f"{i}.nemo", w) for i, w in enumerate([init, *policies])]
+    before = contents(tmp_path)
+    with pytest.raises(CheckpointError, match=message):
+        merge(paths[0], paths[1:], tmp_path / "out.nemo")
+    assert contents(tmp_path) == before
+
+
+def test_opposite_layers_are_named(tmp_path):
+    init = tiny_weights(0, dtype=torch.float32)
+    one = tiny_weights(1, around=init, dtype=torch.float32)
+    two = tiny_weights(2, around=init, dtype=torch.float32)
+    for name in init:
+        if name.startswith("decoder.layers.1."):
+            two[name] = 2 * init[name] - one[name]
+    paths = [save(tmp_path / f"{i}.nemo", w) for i, w in enumerate([init, one, two])]
+    with pytest.raises(ValueError, match=r"decoder\.layers\.1: the angle is 1(79|80)"):
+        merge(paths[0], paths[1:], tmp_path / "out.nemo")
+    merge(paths[0], paths[1:], tmp_path / "out.nemo", method="lerp")
+
+
+def test_copies_are_refused_unless_allowed(tmp_path, models):
+    same = {**models, "b": models["a"]}
+    with pytest.raises(ValueError, match="nearly the same policy"):
+        run(same, tmp_path / "{eta}.nemo")
+    assert contents(tmp_path) == {}
+    run(same, tmp_path / "{eta}.nemo", allow_similar=True)
+    merged, policy = open_checkpoint(tmp_path / "1.nemo"), open_checkpoint(models["a"])
+    assert hash_weights(merged) == hash_weights(policy)
+
+
+def test_zero_task_vectors_fall_back_to_lerp(tmp_path):
+    init = tiny_weights(0)
+    policies = [tiny_weights(m, around=init) for m in (1, 2)]
+    for name in init:
+        if "layers.0." in name:
+            policies[0][name] = init[name].clone()
+        if "layers.1." in name:
+            policies[0][name] = policies[1][name] = init[name].clone()
+    paths = [save(tmp_path / f"{i}.nemo", w) for i, w in enumerate([init, *policies])]
+    result = merge(paths[0], paths[1:], tmp_path / "out.nemo", eta=0.5, report=tmp_path / "report")
+    expected = reference.merge(init, policies, 0.5)
+    for name, tensor in read(tmp_path / "out.nemo").items():
+        reference.assert_close(tensor, expected[name], name)
+    assert result.units["decoder.layers.1"].realised_etas(0) == [None]
+    warnings = json.loads((tmp_path / "report/report.json").read_text())["warnings"]
+    assert any("decoder.layers.0, decoder.layers.1" in warning for warning in warnings)
+
+
+def test_report_is_right_on_vectors(tmp_path, models):
+    """Angles, norms, realised eta and changed share, recomputed from the files."""
+    folder = tmp_path / "report"
+    run(models, tmp_path / "{eta}.nemo", report=folder, verify="full")
+    report = json.loads((folder / "report.json").read_text())
+    weights = {name: read(path) for name, path in _copies(models, tmp_path).items()}
+    weights |= {eta: read(tmp_path / f"{eta}.nemo") for eta in ("0.3", "1")}
+    for unit, row in report["units"].items():
+        names = [name for name in weights["init"] if reference.group(name).startswith(unit)]
+        flat = {
+            model: np.concatenate([w[n].double().numpy().ravel() for n in names])
+            for model, w in weights.items()
+        }
+        a, b = flat["a"] - flat["init"], flat["b"] - flat["init"]
+        cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+        pair = row["pairs"][0]
+        assert pair["task_vectors"]["cosine"] == pytest.approx(cosine, abs=1e-12)
+        assert pair["task_vectors"]["norm_ratio"] == pytest.approx(
+            np.linalg.norm(b) / np.linalg.norm(a)
+        )
+        full = flat["a"] @ flat["b"] / np.linalg.norm(flat["a"]) / np.linalg.norm(flat["b"])
+        assert pair["weights"]["cosine"] == pytest.approx(full, abs=1e-12)
+        exact = reference.slerp(a, b, 0.5)
+        for output in row["outputs"]:
+            moved = flat[f"{output['eta']:g}"] - flat["init"]
+            assert output["realised_eta"] == pytest.approx(moved @ exact / (exact @ exact))
+            assert output["changed_share"] == pytest.approx(np.mean(moved != 0))
+    assert {p.name for p in folder.iterdir()} == {
+        *("report.json", "report.md", "histograms.png", "angle_by_depth.png")
+    }
+    assert report["inputs"][0]["sha256"] == hash_weights(open_checkpoint(models["init"]))
+
+
+def _copies(models, folder: Path) -> dict[str, Path]:
+    copies = {name: folder / "inputs" / f"{name}.nemo" for name in models}
+    (folder / "inputs").mkdir()
+    for name, path in copies.items():
+        os.link(models[name], path)
+    return copies
+
+
+def test_bf16_distortion_is_reported_and_remedied(tmp_path):
+    """Updates of a thousandth of the weights: nearest bf16 swallows eta 0.1, the others do not."""
+    options = {"hidden": 96, "ffn": 128, "vocab": 600, "dtype": torch.float32}
+    init = {n: t.bfloat16().float() for n, t in tiny_weights(0, **options).items()}
+    policies = [tiny_weights(m, around=init, scale=1e-3, **options) for m in (1, 2)]
+    paths = [save(tmp_path / f"{i}.nemo", w) for i, w in enumerate([init, *policies])]
+
+    def realised(**how):
+        report = tmp_path / "report"
+        merge(
+            paths[0], paths[1:], tmp_path / "o.nemo", eta=0.1, report=report, overwrite=True, **how
+        )
+        found = json.loads((report / "report.json").read_text())
+        warned = any("--dtype float32" in warning for warning in found["warnings"])
+        return found["model"]["outputs"][0]["realised_eta"], warned
+
+    nearest, warned = realised(dtype="bfloat16")
+    assert nearest < 0.05 and warned
+    value, warned = realised(dtype="bfloat16", rounding="stochastic")
+    assert value == pytest.approx(0.1, abs=0.03)
+    value, warned = realised(dtype="float32")
+    assert value == pytest.approx(0.1, rel=1e-4) and not warned
+
+
+def test_verify_notices_a_changed_output(tmp_path, models, monkeypatch):
+    from nemo_warp.merge import kernel
+
+    honest = kernel.round_to
+
+    def careless(target, values, rng):
+        honest(target, values, rng)
+        target[0] += 1
+
+    monkeypatch.setattr("nemo_warp.merge.engine.round_to", careless)
+    with pytest.raises(CheckpointError, match="differs from its recomputation"):
+        run(models, tmp_path / "{eta}.nemo", verify="full")
+    assert not list(tmp_path.glob("*.nemo"))
+
+
+def test_experts_in_rank_files_match_stacked_experts(tmp_path):
+    """MoE: one axis over experts in torch_dist, one key per expert in rank files; same layer."""
+    generator = torch.Generator().manual_seed(0)
+    init = tiny_weights(0)
+    fc1 = "decoder.layers.{}.mlp.experts.experts.linear_fc1.weight"
+
+    def with_experts(weights):
+        experts = {
+            fc1.format(i): torch.randn(4, 12, 16, generator=generator).bfloat16() for i in range(3)
+        }
+        return {**weights, **experts}
+
+    models = [with_experts(init), *(with_experts(tiny_weights(m, around=init)) for m in (1, 2))]
+    paths = [save(tmp_path / f"{i}.nemo", weights) for i, weights in enumerate(models)]
+    local = {n: t for n, t in models[2].items() if "experts" not in n}
+    for i in range(3):
+        for expert, tensor in enumerate(models[2][fc1.format(i)]):
+            name = f"decoder.layers.{i}.mlp.experts.local_experts.{expert}.linear_fc1.weight"
+            local[name] = tensor
+    legacy_path = write_nemo(
+        tmp_path / "ranks.nemo",
+        lambda folder: legacy.write_rank_files(folder.parent, local, tp=2, gated=True),
+    )
+    merge(paths[0], paths[1:], tmp_path / "x.nemo", eta=0.5)
+    merge(paths[0], [paths[1], legacy_path], tmp_path / "y.nemo", eta=0.5)
+    one, other = (read(tmp_path / f"{name}.nemo") for name in "xy")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    expected = reference.merge(models[0], models[1:], 0.5)
+    for name, tensor in one.items():
+        reference.assert_close(tensor, expected[name], name)
+
+
+def test_diff_per_group(models, tmp_path):
+    run(models, tmp_path / "{eta}.nemo", dtype="float32")
+    rows = diff(open_checkpoint(models["init"]), open_checkpoint(tmp_path / "0.3.nemo"))
+    assert all(0.9 < row["changed_share"] <= 1.0 and row["cosine"] > 0.99 for row in rows.values())
+    same = diff(open_checkpoint(models["init"]), open_checkpoint(models["init"]))
+    assert all(row["difference"] == row["changed_share"] == 0.0 for row in same.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--eta", "2.5"], exit_codes.MISCONFIGURED, "--eta must lie in"),
+        (["--eta", "0.1", "0.2"], exit_codes.MISCONFIGURED, "put {eta} into"),
+        (["--weight", "0.3", "--dry-run"], exit_codes.DONE, "parameters in 5 groups"),
+        (["--output", "a.nemo"], exit_codes.MISCONFIGURED, "both input and output"),
+        (["--init", "nothing.nemo"], exit_codes.FAILED, "nothing.nemo does not exist"),
+        (["--source", "masters"], exit_codes.MISCONFIGURED, "masters"),
+    ],
+)
+def test_command_line(tmp_path, models, monkeypatch, capsys, caplog, arguments, code, message):
+    monkeypatch.chdir(tmp_path)
+    for name in ("init", "a", "b"):
+        os.link(models[name], tmp_path / f"{name}.nemo")
+    before = sorted(os.listdir(tmp_path))
+    words = ["--init", "init.nemo", "--policies", "a.nemo", "b.nemo", "--output", "out.nemo"]
+    with caplog.at_level("INFO"):
+        assert cli.main([*words, *arguments]) == code
+    assert message in capsys.readouterr().err + caplog.text
+    assert sorted(os.listdir(tmp_path)) == before
