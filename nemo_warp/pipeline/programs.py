@@ -92,7 +92,8 @@ def programs(
     words += _endpoints(request, directory)
     trainer = request.config["trainer"]
     hosts = allocation.hosts[: trainer["num_nodes"]]
-    return [Step(stage.kind, words, hosts, trainer["devices"], gpus=True)]
+    exit_file = directory / f"{stage.kind}.exit"
+    return [Step(stage.kind, words, hosts, trainer["devices"], True, exit_file=exit_file)]
 
 
 def _command_key(stage: Stage) -> str:

@@ -3,7 +3,8 @@ r"""Start the ranks of one node, as torchrun does, but pass signals and exit cod
 torchrun turns every exit code into 1 and kills its workers 30 seconds after a signal; a member
 that saved and wants to be requeued could not say so. This sets the same environment
 (``env://`` rendezvous, rank 0 holds the store), forwards SIGUSR1, SIGTERM and SIGINT to every rank,
-ends the others when one fails, and exits with the first failure's code.
+ends the others when one fails, and exits with the first failure's code. Over several nodes srun
+reports the highest code, which is that of whoever was killed last; ``--exit-file`` keeps the first.
 
     python -m nemo_warp.pipeline.ranks --nproc-per-node 8 -- python -m nemo_warp.aligner.train ...
     srun --nodes 2 --ntasks-per-node 1 python -m nemo_warp.pipeline.ranks --nodes 2 \
@@ -13,6 +14,7 @@ ends the others when one fails, and exits with the first failure's code.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import os
 import signal
@@ -21,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 _FORWARDED = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 _PR_SET_PDEATHSIG = 1
@@ -52,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ranks = _start(options)
     for number in _FORWARDED:
         signal.signal(number, lambda n, _frame: _signal(ranks, n))
-    return _wait(ranks)
+    return _wait(ranks, options.exit_file)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -62,6 +65,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--node-rank", type=int, help="default: SLURM_NODEID, or 0")
     parser.add_argument("--master-address", default="127.0.0.1", help="node of rank 0")
     parser.add_argument("--master-port", type=int, default=0, help="0: a free one (one node only)")
+    parser.add_argument("--exit-file", type=Path, help="gets the first failure's exit status")
     parser.add_argument("command", nargs="+", metavar="-- COMMAND")
     options = parser.parse_args(argv)
     if options.nodes > 1 and options.master_port == 0:
@@ -109,18 +113,29 @@ def _signal(ranks: list[subprocess.Popen], number: int) -> None:
             rank.send_signal(number)
 
 
-def _wait(ranks: list[subprocess.Popen]) -> int:
+def _wait(ranks: list[subprocess.Popen], exit_file: Path | None) -> int:
     """Wait for all ranks; after the first failure the others are ended."""
     first, deadline, kills = 0, None, [signal.SIGTERM, signal.SIGKILL]
     while any(rank.poll() is None for rank in ranks):
         failed = [rank.returncode for rank in ranks if rank.poll() is not None and rank.returncode]
         if failed and deadline is None:
             first, deadline = exit_status(failed[0]), time.monotonic() + _grace(failed[0])
+            _record(first, exit_file)
         if deadline is not None and time.monotonic() > deadline and kills:
             _signal(ranks, kills.pop(0))
             deadline = time.monotonic() + _GRACE_S
         time.sleep(_POLL_S)
-    return first or next((exit_status(r.returncode) for r in ranks if r.returncode), 0)
+    if not first:  # the last ones to end may have been the only ones to fail
+        first = next((exit_status(r.returncode) for r in ranks if r.returncode), 0)
+        _record(first, exit_file)
+    return first
+
+
+def _record(status: int, exit_file: Path | None) -> None:
+    """Whoever fails first, on any node, makes the file."""
+    if status and exit_file is not None:
+        with contextlib.suppress(FileExistsError), exit_file.open("x") as stream:
+            stream.write(str(status))
 
 
 def _grace(returncode: int) -> float:

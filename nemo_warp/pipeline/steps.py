@@ -55,6 +55,7 @@ class Step:
         processes_per_node: ranks per node; 0 for a program that is not a parallel job.
         gpus: whether it uses the nodes' GPUs.
         endpoint: the file a reward server writes once it is ready; None for other programs.
+        exit_file: where ranks leave the exit status of the first of them to fail.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Step:
     processes_per_node: int = 0
     gpus: bool = False
     endpoint: Path | None = None
+    exit_file: Path | None = None
 
     def command(self, allocation: Allocation, master_port: int = 0) -> list[str]:
         """The whole command line."""
@@ -74,6 +76,7 @@ class Step:
             return []
         words = [allocation.python, "-m", "nemo_warp.pipeline.ranks"]
         words += [f"--nproc-per-node={self.processes_per_node}"]
+        words += [f"--exit-file={self.exit_file}"] if self.exit_file else []
         if len(self.hosts) > 1:
             words += [f"--nodes={len(self.hosts)}", f"--master-address={self._master(allocation)}"]
             words += [f"--master-port={master_port}"]
@@ -132,6 +135,7 @@ class RunningStep:
         port = free_port() if len(step.hosts) > 1 else 0
         self.name = step.name
         self.command = step.command(allocation, port)
+        self._exit_file = step.exit_file
         with log.open("ab") as output:
             self._process = subprocess.Popen(
                 self.command,
@@ -146,9 +150,13 @@ class RunningStep:
 
     @property
     def exit_code(self) -> int | None:
-        """Exit status (128 + n for a signal), None while it runs."""
+        """Exit status (128 + n for a signal) of the first rank to fail, None while it runs."""
         code = self._process.poll()
-        return None if code is None else exit_status(code)
+        if code is None:
+            return None
+        if code and self._exit_file is not None and self._exit_file.exists():
+            return int(self._exit_file.read_text() or exit_status(code))
+        return exit_status(code)
 
     def send(self, number: int) -> None:
         """Send a signal to the step's own process, which passes it on."""

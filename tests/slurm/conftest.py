@@ -32,7 +32,7 @@ def cluster() -> Iterator[Cluster]:
         pytest.skip(reason)
     # munged wants a directory nobody else can write to, on a short path (a socket is in it)
     directory = Path(tempfile.mkdtemp(prefix="warp-slurm-"))
-    started = Cluster(directory)
+    started = Cluster(directory, nodes=3)
     os.environ |= started.environment | {"NEMO_WARP_PYTHON": sys.executable}
     try:
         started.start()

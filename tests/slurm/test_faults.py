@@ -243,9 +243,12 @@ SCENARIOS = [
 
 
 @pytest.fixture(scope="module")
-def running(make_sandbox):
-    with ThreadPoolExecutor(len(SCENARIOS)) as pool:
-        yield {scenario: pool.submit(scenario, make_sandbox) for scenario in SCENARIOS}
+def running(make_sandbox, request: pytest.FixtureRequest):
+    """The scenarios that were selected, all under way."""
+    calls = [getattr(item, "callspec", None) for item in request.session.items]
+    chosen = [c.params["scenario"] for c in calls if c is not None and "scenario" in c.params]
+    with ThreadPoolExecutor(max(1, len(chosen))) as pool:
+        yield {scenario: pool.submit(scenario, make_sandbox) for scenario in chosen}
 
 
 @pytest.mark.timeout(600)
