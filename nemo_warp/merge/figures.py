@@ -30,17 +30,26 @@ def draw_figures(statistics: dict[str, Any], folder: Path) -> None:
 def _histograms(rows: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(9, 6.5), layout="constrained")
     for axes, (of, quantity, label) in zip(figure.subplots(2, 2).flat, _PANELS, strict=True):
+        values, names = [], []
         for index, pair in enumerate(rows[0]["pairs"]):
-            values = [row["pairs"][index][of][quantity] for row in rows]
-            values = [value for value in values if value is not None]
-            name = "policies {} and {}".format(*pair["policies"])
-            if values:
-                axes.hist(values, bins=min(20, max(5, len(values))), alpha=0.6, label=name)
+            found = [row["pairs"][index][of][quantity] for row in rows]
+            values.append([value for value in found if value is not None])
+            names.append("policies {} and {}".format(*pair["policies"]))
+        if any(values):
+            axes.hist(values, bins=12, range=_span(values), label=names)
         axes.set_xlabel(label)
         axes.set_ylabel("layers")
         axes.ticklabel_format(axis="x", useOffset=False)
         axes.locator_params(axis="x", nbins=5)
+        axes.locator_params(axis="y", integer=True)
     _save(figure, figure.axes[0], path)
+
+
+def _span(values: list[list[float]]) -> tuple[float, float]:
+    """Smallest and largest value, kept apart enough to be cut into bins."""
+    low, high = min(map(min, filter(None, values))), max(map(max, filter(None, values)))
+    margin = 1e-9 * max(1.0, abs(high)) if high - low < 1e-9 else 0.0
+    return low - margin, high + margin
 
 
 def _angle_by_depth(units: dict[str, dict[str, Any]], path: Path) -> None:
