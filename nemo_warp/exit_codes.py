@@ -1,4 +1,4 @@
-"""Exit codes shared by every command, so that Slurm scripts and cron jobs can tell outcomes apart."""
+"""Exit codes of every command, so that Slurm scripts and cron jobs can tell outcomes apart."""
 
 DONE = 0
 """The stage is finished and its completion record is on disk."""
@@ -13,10 +13,10 @@ IN_PROGRESS = 75
 """Stages are running or queued (sysexits' EX_TEMPFAIL: come back later)."""
 
 STOPPED_RESUMABLE = 85
-"""A member saved at a step boundary because it was asked to (signal or time limit); run it again."""
+"""A member saved at a step because it was asked to (signal or time limit); run it again."""
 
 REWARDS_FAILED = 86
-"""Too many rewards failed; the member saved and stopped. Mend the reward server, then run it again."""
+"""Too many rewards failed; the member saved and stopped. Mend the server, run it again."""
 
 KL_LIMIT = 87
 """The KL to SFT passed its hard limit; the member saved and stopped for good."""

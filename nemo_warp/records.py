@@ -82,7 +82,7 @@ def hash_file(path: Path) -> FileHash:
 
 @cache
 def code_version() -> str:
-    """``0.1.0+g<commit>``, with ``.dirty`` when the checkout has changes; the bare version if installed."""
+    """``0.1.0+g<commit>``, ``.dirty`` if the checkout has changes; the version if installed."""
     root = Path(nemo_warp.__file__).parent.parent
     if not (root / ".git").exists():
         return nemo_warp.__version__

@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,7 +230,9 @@ def _entry(tables: list[dict[str, Any]], number: int) -> dict[str, Any]:
 
 
 def _make_absolute(values: dict[str, Any]) -> None:
-    """Turn the recipe's relative paths into absolute ones, in place."""
+    """Turn the recipe's relative paths into absolute ones, in place; h100 is a cluster of conf."""
+    if re.fullmatch(r"[\w-]+", values["cluster"] or ""):
+        values["cluster"] = str(CONF_DIRECTORY / "cluster" / f"{values['cluster']}.yaml")
     for key in ("run_directory", "sft", "init", "cluster"):
         if values[key] is not None:
             values[key] = os.path.abspath(values[key])
@@ -242,9 +245,7 @@ def _make_absolute(values: dict[str, Any]) -> None:
 
 def _load_cluster(values: dict[str, Any]) -> dict[str, Any]:
     if values["cluster"] is None:
-        raise ValueError(
-            "launcher.kind is slurm, but no cluster is given: cluster=conf/cluster/..."
-        )
+        raise ValueError("launcher.kind is slurm, but no cluster is given, e.g. cluster=h100")
     file = Path(values["cluster"])
     changes = Overrides(values["cluster_overrides"], "cluster_overrides")
     config = load_config(CONF_DIRECTORY / "cluster" / "defaults.yaml", file, changes)

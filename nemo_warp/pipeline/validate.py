@@ -47,7 +47,7 @@ def check_recipe(values: dict[str, Any], source: str, files_here: bool = True) -
         _check_one_machine(values)
         _check_average(values)
         if files_here:
-            _check_files(values)
+            check_files(values)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
 
@@ -205,7 +205,8 @@ def _check_one_machine(values: dict[str, Any]) -> None:
              "machine; use launcher.kind=slurm")  # fmt: skip
 
 
-def _check_files(values: dict[str, Any]) -> None:
+def check_files(values: dict[str, Any]) -> None:
+    """Raise ValueError for the first input that is missing, unreadable or empty."""
     files = {"sft": values["sft"], "init": values["init"]}
     files |= {f"prompts.{key}": path for key, path in values["prompts"].items()}
     for name, reward in values["rewards"].items():

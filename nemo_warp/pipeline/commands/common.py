@@ -46,10 +46,10 @@ def existing(args: argparse.Namespace) -> Recipe:
     Raises:
         ValueError: it has not been started.
     """
-    recipe = load(args)
+    recipe = load(args, files_here=False)  # inputs may be gone, or on another machine
     if not recipe.paths.recipe.exists():
         raise ValueError(f"{recipe.paths.root} has not been started; nemo-warp run {args.recipe}")
-    return load_recipe(recipe.paths.root) if recipe.paths.root != args.recipe else recipe
+    return load_recipe(recipe.paths.root, files_here=False)
 
 
 def queue_of(recipe: Recipe) -> dict[str, QueuedJob] | None:

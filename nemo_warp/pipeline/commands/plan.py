@@ -16,12 +16,13 @@ from nemo_warp.pipeline.request import planned_request
 from nemo_warp.pipeline.rounds import driver_waits_for, submit_missing
 from nemo_warp.pipeline.state import StageState, Status
 from nemo_warp.pipeline.steps import Allocation
+from nemo_warp.pipeline.validate import check_files
 
 EPILOG = """\
 Writes nothing and asks Slurm nothing. Job ids are shown as JOB1, JOB2, ..., nodes as node1, ...
 
   nemo-warp plan recipes/tiny
-  nemo-warp plan recipes/gemma_7b cluster=conf/cluster/h100.yaml
+  nemo-warp plan recipes/gemma_7b cluster=h100
 """
 
 
@@ -29,18 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.epilog = EPILOG
     add_recipe(parser)
-    parser.add_argument(
-        "--no-input-files",
-        action="store_true",
-        help="plan although checkpoints and prompts are not here (on another machine)",
-    )
 
 
 @in_words
 def main(args: argparse.Namespace) -> int:
     """Print the plan."""
-    recipe = load(args, files_here=not args.no_input_files)
+    recipe = load(args, files_here=False)
     print("\n".join(describe(recipe)))
+    try:
+        check_files(recipe.values)
+    except ValueError as error:
+        print(f"\nrun would refuse this here: {error}")
     return exit_codes.DONE
 
 

@@ -11,6 +11,7 @@ from nemo_warp.pipeline.local import LocalDriver
 from nemo_warp.pipeline.opening import open_run
 from nemo_warp.pipeline.recipe import Recipe
 from nemo_warp.pipeline.rounds import run_round
+from nemo_warp.pipeline.validate import check_files
 from nemo_warp.pipeline.view import Live
 
 EPILOG = f"""\
@@ -44,8 +45,9 @@ def main(args: argparse.Namespace) -> int:
 
 def go(recipe: Recipe) -> int:
     """Open the run directory and hand over to the launcher."""
+    check_files(recipe.values)
     wait_s = 120.0 if recipe.values["launcher"]["kind"] == "slurm" else 0.0
-    with locks.hold(recipe.paths.driver_lock, wait_s) as _:
+    with locks.hold(recipe.paths.driver_lock, wait_s):
         open_run(recipe)
     if recipe.values["launcher"]["kind"] == "slurm":
         code = run_round(recipe)
