@@ -49,7 +49,7 @@ def existing(args: argparse.Namespace) -> Recipe:
     recipe = load(args, files_here=False)  # inputs may be gone, or on another machine
     if not recipe.paths.recipe.exists():
         raise ValueError(f"{recipe.paths.root} has not been started; nemo-warp run {args.recipe}")
-    return load_recipe(recipe.paths.root, files_here=False)
+    return load_recipe(recipe.paths.root, args.overrides, files_here=False)
 
 
 def queue_of(recipe: Recipe) -> dict[str, QueuedJob] | None:
