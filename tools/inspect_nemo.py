@@ -17,7 +17,7 @@ _EPILOG = """\
 examples:
   inspect_nemo.py policy.nemo                  layout, layers, dtypes, provenance of a merge
   inspect_nemo.py policy.nemo --tensors        every tensor with its shape and shards
-  inspect_nemo.py policy.nemo --hash           SHA-256 of the weights, the same in every layout
+  inspect_nemo.py policy.nemo --hash           digest of the weights, the same in every layout
   inspect_nemo.py merged.nemo --diff sft.nemo  per layer: how far, in which direction, how many
 """
 
@@ -40,7 +40,7 @@ def inspect(arguments: argparse.Namespace) -> dict:
     checkpoint = open_checkpoint(arguments.checkpoint)
     found = describe(checkpoint)
     if arguments.hash:
-        found["weights_sha256"] = hash_weights(checkpoint)
+        found["weights_digest"] = hash_weights(checkpoint)
     if arguments.diff:
         found["diff"] = diff(open_checkpoint(arguments.diff), checkpoint)
     return found

@@ -1,8 +1,8 @@
 """Describe a checkpoint, hash its weights independently of their layout, compare two.
 
-The hash is the one that a merge records for its inputs: SHA-256 over the canonical names and the
-SHA-256 of every tensor's bytes in logical order, vocabulary padding left out. The same model has
-the same hash in every format and layout.
+The hash is the one that a merge records for its inputs: over the canonical names and the `digest`
+of every tensor's bytes in logical order, vocabulary padding left out. The same model has the same
+hash in every format and layout.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from nemo_warp.checkpoints.checkpoint import PROVENANCE, Checkpoint
+from nemo_warp.checkpoints.checksum import digest
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.logical import LogicalTensor
 from nemo_warp.checkpoints.names import depth_of, group_of, group_order
@@ -26,10 +27,10 @@ from nemo_warp.checkpoints.vocabulary import true_rows, true_vocab_size
 
 
 def weights_digest(tensors: Iterable[dict[str, str]]) -> str:
-    """SHA-256 of a model's weights from those of its tensors: the same in every layout.
+    """SHA-256 of a model's weights from its tensors' digests: the same in every layout.
 
     Args:
-        tensors: dictionaries of canonical name -> SHA-256 (hex) of the tensor's true rows.
+        tensors: dictionaries of canonical name -> `digest` of the tensor's true rows.
     """
     lines = sorted(f"{name} {digest}\n" for found in tensors for name, digest in found.items())
     return hashlib.sha256("".join(lines).encode()).hexdigest()
@@ -78,12 +79,12 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def hash_weights(checkpoint: Checkpoint) -> str:
-    """The layout-independent SHA-256 of the weights; reads them all."""
+    """The layout-independent digest of the weights; reads them all."""
     vocab_size, digests = true_vocab_size(checkpoint), {}
     with FileCache() as files:
         for name, tensor in checkpoint.tensors.items():
             true = read_tensor(files, tensor)[: true_rows(tensor, vocab_size)]
-            digests[name] = hashlib.sha256(true.view(torch.uint8).numpy()).hexdigest()
+            digests[name] = digest(memoryview(true.view(torch.uint8).numpy()).cast("B"))
     return weights_digest([digests])
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 import threading
-import zlib
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
+from nemo_warp.checkpoints.checksum import crc32
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.logical import LogicalTensor, Patch, Record
 
@@ -73,7 +73,7 @@ class FileCache:
         for start in range(0, record.size, PIECE):
             part = piece[: min(PIECE, record.size - start)]
             self.read_into(record, start, part)
-            crc = zlib.crc32(part, crc)
+            crc = crc32(part, crc)
         _check_crc(crc, record, name)
 
 
@@ -136,7 +136,7 @@ def _read_patch(
         if not direct:
             rows[...] = piece
         if crc is not None:
-            crc = zlib.crc32(view, crc)
+            crc = crc32(view, crc)
     return crc
 
 

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import struct
 import zipfile
-import zlib
 from dataclasses import dataclass, replace
 from typing import Any
 
 from nemo_warp.checkpoints.archive import RangeReader, read_record
+from nemo_warp.checkpoints.checksum import crc32
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.logical import Record
 from nemo_warp.checkpoints.unpickling import load_tensor_pickle
@@ -102,7 +102,7 @@ def _locate(stream: RangeReader, record: Record, info: zipfile.ZipInfo) -> Recor
 
 def _read_checked(record: Record, what: str) -> bytes:
     data = read_record(record, MAX_PICKLE_BYTES, what)
-    if record.crc32 is not None and zlib.crc32(data) != record.crc32:
+    if record.crc32 is not None and crc32(data) != record.crc32:
         raise CheckpointError(f"{what} does not match its CRC-32; the file is damaged")
     return data
 

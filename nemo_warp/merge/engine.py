@@ -7,7 +7,6 @@ last one meanwhile.
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from nemo_warp.checkpoints.checksum import digest
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.logical import LogicalTensor, Patch
 from nemo_warp.checkpoints.reading import FileCache, check_replica, read_patches, records_of
@@ -110,7 +110,7 @@ class Engine:
         return {unit: exact_sum(found) for unit, found in blocks.items()}
 
     def digests(self, group: GroupPlan) -> list[dict[str, str]]:
-        """Per input, tensor name -> SHA-256 of the loaded tensor's true rows in logical order."""
+        """Per input, tensor name -> digest of the loaded tensor's true rows in logical order."""
         indices = range(len(self.plan.inputs))
         tasks = [(self._digest, tensor, index) for tensor in group.tensors for index in indices]
         found = iter(self._run(tasks))
@@ -161,7 +161,7 @@ class Engine:
 
     def _digest(self, tensor: TensorPlan, index: int) -> str:
         true = self._buffers[tensor.name][index][: tensor.true_rows * tensor.target.cols]
-        return hashlib.sha256(true.view(torch.uint8).numpy()).hexdigest()
+        return digest(memoryview(true.view(torch.uint8).numpy()))
 
     def _views(self, tensor: TensorPlan, slab: Slab) -> list[torch.Tensor]:
         cols = tensor.target.cols

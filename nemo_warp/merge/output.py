@@ -11,15 +11,14 @@ import ctypes
 import os
 import shutil
 import tarfile
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nemo_warp.checkpoints.archive import read_record
 from nemo_warp.checkpoints.checkpoint import PROVENANCE
+from nemo_warp.checkpoints.checksum import combine, crc32
 from nemo_warp.checkpoints.image import CheckpointImage, FileImage
 from nemo_warp.checkpoints.logical import Record
-from nemo_warp.merge.crc import combine
 from nemo_warp.records import fsync_directory
 
 _COPY_BYTES = 1 << 22
@@ -92,21 +91,21 @@ class Output:
     def _write_content(self, file: FileImage, offset: int, content: bytes | Record) -> int:
         if isinstance(content, bytes):
             self._pwrite(file.name, content, offset)
-            return zlib.crc32(content)
+            return crc32(content)
         crc = 0
         for start in range(0, content.size, _COPY_BYTES):
             size = min(_COPY_BYTES, content.size - start)
             part = Record(content.path, content.offset + start, size)
             data = read_record(part, _COPY_BYTES, str(content.path))
             self._pwrite(file.name, data, offset + start)
-            crc = zlib.crc32(data, crc)
+            crc = crc32(data, crc)
         return crc
 
     def write(self, record: Record, start: int, data: memoryview) -> Part:
         """Write bytes of a merged tensor at ``start`` in one of the image's holes."""
         name = str(record.path)
         self._pwrite(name, data, record.offset + start)
-        return Part(name, record.offset, start, len(data), zlib.crc32(data))
+        return Part(name, record.offset, start, len(data), crc32(data))
 
     def missing_bytes(self) -> int:
         """Bytes of disk space the output still needs."""
@@ -162,7 +161,7 @@ class Output:
         crc = 0
         for start in range(0, size, _COPY_BYTES):
             data = self._pread(name, min(_COPY_BYTES, size - start), offset + start)
-            crc = zlib.crc32(data, crc)
+            crc = crc32(data, crc)
         return crc
 
     def _append_to_tar(self, provenance: bytes) -> None:

@@ -22,7 +22,7 @@ def provenance(plan: MergePlan, groups: list[GroupResult]) -> dict[str, Any]:
     inputs = [
         {
             **{"role": role, "name": checkpoint.path.name, "format": checkpoint.format},
-            "sha256": weights_digest([group.digests[index] for group in groups]),
+            "weights_digest": weights_digest([group.digests[index] for group in groups]),
         }
         for index, (role, checkpoint) in enumerate(zip(roles, plan.inputs, strict=True))
     ]

@@ -52,7 +52,9 @@ def _policies(report: dict[str, Any]) -> range:
 def _summary(report: dict[str, Any]) -> list[str]:
     options = report["options"]
     settings = ", ".join(f"{key} {options[key]}" for key in ("method", "granularity", "dtype"))
-    inputs = [f"- {i['role']}: {i['name']} (sha256 {i['sha256'][:12]})" for i in report["inputs"]]
+    inputs = [
+        f"- {i['role']}: {i['name']} (weights {i['weights_digest'][:12]})" for i in report["inputs"]
+    ]
     return [
         f"{settings}. Angles in degrees between the task vectors of policies 1 and 2.",
         "",

@@ -72,7 +72,7 @@ class GroupResult:
     Attributes:
         units: unit -> result; its Gram covers the whole unit.
         parts: per output, the bytes written and their CRC-32s.
-        digests: per input, tensor name -> SHA-256 of its true rows in logical order.
+        digests: per input, tensor name -> `digest` of its true rows in logical order.
     """
 
     name: str

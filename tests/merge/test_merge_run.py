@@ -198,7 +198,7 @@ def test_report_is_right_on_vectors(tmp_path, models):
     assert {p.name for p in folder.iterdir()} == {
         *("report.json", "report.md", "histograms.png", "angle_by_depth.png")
     }
-    assert report["inputs"][0]["sha256"] == hash_weights(open_checkpoint(models["init"]))
+    assert report["inputs"][0]["weights_digest"] == hash_weights(open_checkpoint(models["init"]))
 
 
 def _copies(models, folder: Path) -> dict[str, Path]:

@@ -1,11 +1,28 @@
-"""CRC-32 of a whole from the CRC-32s of its parts, so that parts can be written in any order."""
+"""CRC-32: fast where ISA-L is installed, combined from parts, and as a digest of a tensor."""
 
 from __future__ import annotations
 
+import hashlib
 from functools import lru_cache
 
+try:
+    from isal.isal_zlib import crc32
+except ImportError:  # the same values at a tenth of the speed
+    from zlib import crc32
+
+_PIECE = 1 << 20
 _POLYNOMIAL = 0xEDB88320
 _ONE = 1 << 31
+
+
+def digest(data: memoryview) -> str:
+    """SHA-256 (hex) of the CRC-32s of every MiB of ``data``.
+
+    Tells any two tensors apart unless someone forges them, at the speed of reading memory;
+    SHA-256 of all bytes would cost more than the rest of a merge.
+    """
+    crcs = (crc32(data[start : start + _PIECE]) for start in range(0, len(data), _PIECE))
+    return hashlib.sha256(b"".join(crc.to_bytes(4, "little") for crc in crcs)).hexdigest()
 
 
 def combine(first: int, second: int, second_bytes: int) -> int:
@@ -35,3 +52,6 @@ def _shift(num_bytes: int) -> int:
         power = _multiply(power, power)
         bits >>= 1
     return result
+
+
+__all__ = ["combine", "crc32", "digest"]
