@@ -22,6 +22,7 @@ from nemo_warp.pipeline.request import Request
 from nemo_warp.pipeline.steps import Allocation, RunningStep, Step, stop_all
 
 _POLL_S = 0.1
+_LOOK_S = 1.0
 _REPEAT_SIGNAL_S = 5.0
 _SERVER_GRACE_S = 10.0
 
@@ -51,6 +52,7 @@ class Supervisor:
         self._allocation, self._directory, self._lock = allocation, directory, lock
         self._servers: list[RunningStep] = []
         self._signal: signal.Signals | None = None
+        self._next_look = 0.0
 
     def run(self) -> Outcome:
         """Run to the end of the first step, and end all others."""
@@ -89,16 +91,18 @@ class Supervisor:
 
     def _asked(self) -> str | None:
         """Who wants this attempt to stop, or None."""
-        if self._recipe.paths.stop.exists():
-            return f"{self._recipe.paths.stop} exists"
-        return f"{self._signal.name} received" if self._signal is not None else None
+        if self._signal is not None:
+            return f"{self._signal.name} received"
+        if time.monotonic() < self._next_look:  # once a second: it may be a shared file system
+            return None
+        self._next_look = time.monotonic() + _LOOK_S
+        stop = self._recipe.paths.stop
+        return f"{stop} exists" if stop.exists() else None
 
     def _by_person(self) -> bool:
-        """SIGUSR1 comes from Slurm, before the time limit; everything else from a person."""
-        return self._recipe.paths.stop.exists() or self._signal in (
-            signal.SIGINT,
-            None if self._allocation.hosts else signal.SIGTERM,
-        )
+        """Under Slurm SIGUSR1 (time limit) and SIGTERM (preemption) are nobody's wish."""
+        wishes = (signal.SIGINT,) if self._allocation.hosts else (signal.SIGINT, signal.SIGTERM)
+        return self._signal in wishes or self._recipe.paths.stop.exists()
 
     def _lost_server(self) -> Outcome | None:
         for server in self._servers:

@@ -61,6 +61,15 @@ def test_cost_of_gemma_7b() -> None:
     assert disk["merged"] == 8_540_000_000 * 4 * 11
 
 
+def test_members_may_be_throttled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    overrides = ["launcher.throttle=1", "resources.member.options=[--qos=high]"]
+    lines = list(describe(load_recipe(Path("recipes/gemma_7b"), overrides, files_here=False)))
+    arrays = [line for line in lines if "--array" in line]
+    assert len(arrays) == 5
+    assert all("--array=1,2%1 " in line and " --qos=high " in line for line in arrays)
+
+
 def test_plan_writes_nothing(sandbox: Sandbox) -> None:
     code, output = sandbox.call("plan")
     assert code == 0, output
