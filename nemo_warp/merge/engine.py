@@ -196,6 +196,11 @@ class Engine:
             projected, differing = scratch.measure(views[0][start:stop], pieces)
             projections += projected
             changed += differing
+        if not np.isfinite(projections).all():
+            raise ValueError(
+                f"{tensor.name}: merged values are too large for {tensor.target.dtype}; "
+                "use another --dtype or a smaller --eta"
+            )
         return self._write(tensor, slab, rounded), projections, changed
 
     def _round(self, tensor: TensorPlan, start: int, scratch: Scratch, pieces: list[torch.Tensor]):

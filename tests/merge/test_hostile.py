@@ -16,6 +16,7 @@ from synthetic_checkpoints import read_torch_dist, tiny_weights, write_nemo, wri
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.merge import merge
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 SIZES = {"layers": 2, "hidden": 8, "ffn": 12, "vocab": 20}
 MEMORY = 1 << 29
 SECONDS_PER_CASE = 20
