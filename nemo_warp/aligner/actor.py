@@ -40,14 +40,17 @@ class WarpActorModel(MegatronGPTReinforceActorModel):
     def temper(self, vocab_parallel_logits: Tensor) -> Tensor:
         """Logits of the law that responses are sampled from, float32 [b, S, V/TP].
 
-        Divided by ``reinforce.log_prob_temperature``; rows that only pad the vocabulary, which
-        sampling never draws, get the most negative finite value.
+        Divided by ``reinforce.log_prob_temperature``. Rows that only pad the vocabulary, which
+        sampling never draws, are cut off; with TP > 1, where all ranks need the same V/TP, they
+        get the most negative finite value (whose exp is 20 times as slow on a CPU).
         """
-        logits = vocab_parallel_logits.float() / self.cfg.reinforce.log_prob_temperature
-        start = parallel_state.get_tensor_model_parallel_rank() * logits.size(-1)
-        real = self.tokenizer.vocab_size - start
-        if real < logits.size(-1):
-            padding = torch.arange(logits.size(-1), device=logits.device) >= real
+        columns = vocab_parallel_logits.size(-1)
+        real = self.tokenizer.vocab_size - parallel_state.get_tensor_model_parallel_rank() * columns
+        cut = parallel_state.get_tensor_model_parallel_world_size() == 1
+        logits = vocab_parallel_logits[..., :real] if cut else vocab_parallel_logits
+        logits = logits.float() / self.cfg.reinforce.log_prob_temperature
+        if not cut and real < columns:
+            padding = torch.arange(columns, device=logits.device) >= real
             logits = logits.masked_fill(padding, torch.finfo(logits.dtype).min / 2)
         return logits
 
