@@ -20,7 +20,14 @@ from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.logical import LogicalTensor, Patch
 from nemo_warp.checkpoints.reading import FileCache, check_replica, read_patches, records_of
 from nemo_warp.merge.blocks import Slab, blocks_of, slabs_of
-from nemo_warp.merge.kernel import STOCHASTIC, Scratch, block_rng, round_to
+from nemo_warp.merge.kernel import (
+    STOCHASTIC,
+    Block,
+    Scratch,
+    block_rng,
+    count_changed,
+    round_stochastically,
+)
 from nemo_warp.merge.output import Output, Part, coalesce
 from nemo_warp.merge.plan import GroupPlan, MergePlan, TensorPlan
 from nemo_warp.merge.results import GroupResult, UnitResult, exact_sum
@@ -44,12 +51,9 @@ class Engine:
             plan.options.workers, "merge", initializer=torch.set_num_threads, initargs=(1,)
         )
         self._scratch = threading.local()
-        sizes = [
-            max(_arena_bytes(group, index) for group in plan.groups)
-            for index in range(len(plan.inputs))
-        ]
-        self._arenas = [_aligned(size) for size in sizes]
-        self._buffers: dict[str, list[torch.Tensor]] = {}
+        size = max(sum(map(_slot_bytes, group.tensors)) for group in plan.groups)
+        self._arena = torch.empty(len(plan.inputs), size, dtype=torch.uint8)
+        self._loaded: dict[str, Loaded] = {}
 
     def close(self) -> None:
         """Stop the threads and close the inputs."""
@@ -62,15 +66,14 @@ class Engine:
         Raises:
             CheckpointError: damaged bytes, or copies that differ.
         """
-        cursors, tasks = [0] * len(self._arenas), []
-        self._buffers = {}
+        cursor, tasks = 0, []
+        self._loaded = {}
         for tensor in group.tensors:
-            self._buffers[tensor.name] = []
-            for index, source in enumerate(tensor.sources):
-                window = self._arenas[index][cursors[index] : cursors[index] + source.nbytes]
-                cursors[index] += _padded(source.nbytes)
-                self._buffers[tensor.name].append(window.view(source.dtype))
-                target = window.numpy().reshape(source.rows, source.cols * source.dtype.itemsize)
+            slot = self._arena[:, cursor : cursor + _slot_bytes(tensor)]
+            cursor += slot.shape[1]
+            loaded = self._loaded[tensor.name] = Loaded(tensor, slot)
+            for source, values in zip(tensor.sources, loaded.models, strict=True):
+                target = _bytes_of(values, source)
                 for record, patches in records_of(source).items():
                     size = sum(p.rows * p.cols for p in patches) * source.dtype.itemsize
                     tasks.append((self._read, source, record, patches, target, size))
@@ -79,11 +82,10 @@ class Engine:
 
     def _replica_checks(self, group: GroupPlan) -> Iterator[tuple]:
         for tensor in group.tensors:
-            for source, loaded in zip(tensor.sources, self._buffers[tensor.name], strict=True):
-                width = source.cols * source.dtype.itemsize
-                target = loaded.view(torch.uint8).numpy().reshape(source.rows, width)
+            models = self._loaded[tensor.name].models
+            for source, values in zip(tensor.sources, models, strict=True):
                 for patches in source.replicas:
-                    yield check_replica, self.files, source, patches, target
+                    yield check_replica, self.files, source, patches, _bytes_of(values, source)
 
     def prefetch(self, group: GroupPlan) -> None:
         """Have the kernel read the group while something else is computed."""
@@ -160,23 +162,25 @@ class Engine:
         self.progress(size)
 
     def _digest(self, tensor: TensorPlan, index: int) -> str:
-        true = self._buffers[tensor.name][index][: tensor.true_rows * tensor.target.cols]
+        true = self._loaded[tensor.name].models[index][: tensor.true_rows * tensor.target.cols]
         return digest(memoryview(true.view(torch.uint8).numpy()))
 
-    def _views(self, tensor: TensorPlan, slab: Slab) -> list[torch.Tensor]:
-        cols = tensor.target.cols
-        return [b[slab.first * cols : slab.last * cols] for b in self._buffers[tensor.name]]
-
     def _gram_slab(self, tensor: TensorPlan, slab: Slab) -> list[np.ndarray]:
-        views, scratch, found = self._views(tensor, slab), self._thread_scratch(), []
-        for start, stop in blocks_of(slab, tensor.target.cols):
-            gram = scratch.gram([view[start:stop] for view in views])
-            if not np.isfinite(gram).all():
-                self._refuse_nonfinite(tensor, [view[start:stop] for view in views])
-            found.append(gram)
+        loaded, scratch, cols = (
+            self._loaded[tensor.name],
+            self._thread_scratch(),
+            tensor.target.cols,
+        )
+        first = slab.first * cols
+        blocks = [
+            loaded.block(first + start, first + stop) for start, stop in blocks_of(slab, cols)
+        ]
+        found = [scratch.gram(block) for block in blocks]
+        if not np.isfinite(found).all():
+            self._refuse_nonfinite(tensor, loaded.block(first, slab.last * cols))
         return found
 
-    def _refuse_nonfinite(self, tensor: TensorPlan, views: list[torch.Tensor]) -> None:
+    def _refuse_nonfinite(self, tensor: TensorPlan, views: Block) -> None:
         for checkpoint, view in zip(self.plan.inputs, views, strict=True):
             if not torch.isfinite(view).all():
                 raise CheckpointError(
@@ -186,35 +190,37 @@ class Engine:
         raise CheckpointError(f"{tensor.name}: its inner products overflow float64")
 
     def _merge_slab(self, tensor: TensorPlan, slab: Slab, coefficients: torch.Tensor):
-        views, scratch, cols = self._views(tensor, slab), self._thread_scratch(), tensor.target.cols
-        rounded = [torch.empty(views[0].numel(), dtype=tensor.target.dtype) for _ in self.outputs]
-        projections, changed = np.zeros(len(rounded)), np.zeros(len(rounded), dtype=np.int64)
+        loaded, scratch, cols = (
+            self._loaded[tensor.name],
+            self._thread_scratch(),
+            tensor.target.cols,
+        )
+        first, last = slab.first * cols, slab.last * cols
+        shape = (len(self.outputs), last - first)
+        rounded, projections = torch.empty(shape, dtype=tensor.target.dtype), np.zeros(shape[0])
         for start, stop in blocks_of(slab, cols):
-            scratch.merge([view[start:stop] for view in views], coefficients)
-            pieces = [values[start:stop] for values in rounded]
-            self._round(tensor, slab.first * cols + start, scratch, pieces)
-            projected, differing = scratch.measure(views[0][start:stop], pieces)
-            projections += projected
-            changed += differing
-        if not np.isfinite(projections).all():
-            raise ValueError(
-                f"{tensor.name}: merged values are too large for {tensor.target.dtype}; "
-                "use another --dtype or a smaller --eta"
-            )
+            values = scratch.merge(loaded.block(first + start, first + stop), coefficients)
+            self._round(tensor, first + start, values, rounded[:, start:stop])
+            projections += scratch.project(rounded[:, start:stop])
+        changed = np.array(count_changed(loaded.models[0][first:last], rounded))
         return self._write(tensor, slab, rounded), projections, changed
 
-    def _round(self, tensor: TensorPlan, start: int, scratch: Scratch, pieces: list[torch.Tensor]):
+    def _round(self, tensor: TensorPlan, start: int, values: torch.Tensor, target: torch.Tensor):
+        """Round float64 [K, length] into the outputs' dtype."""
         options = self.plan.options
-        for eta, row, piece in zip(options.etas, scratch.outputs, pieces, strict=False):
-            stochastic = options.rounding == STOCHASTIC
-            rng = block_rng(options.seed, tensor.name, eta, start) if stochastic else None
-            round_to(piece, row[: piece.numel()], rng)
+        if options.rounding != STOCHASTIC:
+            target.copy_(values)
+            return
+        for eta, row, rounded in zip(options.etas, values, target, strict=True):
+            rng = block_rng(options.seed, tensor.name, eta, start)
+            round_stochastically(rounded, row, rng)
 
     def _copy_padding(self, tensor: TensorPlan, slab: Slab) -> list[list[Part]]:
-        values = self._views(tensor, slab)[0].to(tensor.target.dtype)
-        return self._write(tensor, slab, [values] * len(self.outputs))
+        cols = tensor.target.cols
+        padding = self._loaded[tensor.name].models[0][slab.first * cols : slab.last * cols]
+        return self._write(tensor, slab, [padding.to(tensor.target.dtype)] * len(self.outputs))
 
-    def _write(self, tensor: TensorPlan, slab: Slab, rounded: list[torch.Tensor]):
+    def _write(self, tensor: TensorPlan, slab: Slab, rounded: Iterable[torch.Tensor]):
         """Write the slab to every output; returns the parts of each."""
         target, parts = tensor.target, []
         copies = [target.patches, *target.replicas]
@@ -243,6 +249,28 @@ class Engine:
         return [future.result() for future in futures]
 
 
+class Loaded:
+    """A tensor of all models in memory.
+
+    Attributes:
+        models: per model, its elements in logical order, 1-d, at the stored dtype.
+    """
+
+    def __init__(self, tensor: TensorPlan, slot: torch.Tensor):
+        self.models = [
+            row[: source.nbytes].view(source.dtype)
+            for row, source in zip(slot, tensor.sources, strict=True)
+        ]
+        dtypes = {source.dtype for source in tensor.sources}
+        self._stacked = slot.view(dtypes.pop()) if len(dtypes) == 1 else None
+
+    def block(self, start: int, stop: int) -> Block:
+        """Elements [start, stop) of every model, in as few pieces as possible."""
+        if self._stacked is not None:
+            return self._stacked[:, start:stop]
+        return [values[start:stop] for values in self.models]
+
+
 def _extend(parts: list[list[Part]], new: list[list[Part]]) -> None:
     for known, added in zip(parts, new, strict=True):
         known.extend(added)
@@ -258,14 +286,12 @@ def _write_patch(output: Output, patch: Patch, slab: Slab, rows: torch.Tensor) -
     return output.write(patch.record, start, memoryview(window.view(torch.uint8).numpy()).cast("B"))
 
 
-def _padded(size: int) -> int:
+def _bytes_of(values: torch.Tensor, tensor: LogicalTensor) -> np.ndarray:
+    """[rows, cols * itemsize] uint8 view of a loaded tensor."""
+    return values.view(torch.uint8).numpy().reshape(tensor.rows, -1)
+
+
+def _slot_bytes(tensor: TensorPlan) -> int:
+    """Room for a tensor in the arena: that of its largest source, aligned."""
+    size = max(source.nbytes for source in tensor.sources)
     return size + -size % _ALIGNMENT
-
-
-def _arena_bytes(group: GroupPlan, index: int) -> int:
-    return sum(_padded(tensor.sources[index].nbytes) for tensor in group.tensors)
-
-
-def _aligned(size: int) -> torch.Tensor:
-    """Uninitialised bytes; torch aligns them to 64, which dtype views need."""
-    return torch.empty(size, dtype=torch.uint8)

@@ -14,6 +14,9 @@ import torch
 from nemo_warp.merge.blocks import BLOCK
 
 STOCHASTIC = "stochastic"
+Block = torch.Tensor | list[torch.Tensor]
+"""A block in every model: [N, length], or a list of [length] where dtypes or places differ."""
+
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -28,73 +31,69 @@ class Scratch:
     def __init__(self, num_inputs: int, num_outputs: int):
         self.inputs = torch.zeros(num_inputs, BLOCK, dtype=torch.float64)
         self.outputs = torch.zeros(num_outputs + 1, BLOCK, dtype=torch.float64)
+        self._filled = 0
         self._gram = torch.zeros(num_inputs, num_inputs, dtype=torch.float64)
         self._projections = torch.zeros(num_outputs, dtype=torch.float64)
-        self._differs = np.zeros(BLOCK, dtype=bool)
 
-    def load(self, sources: list[torch.Tensor]) -> int:
-        """Convert 1-d ``sources``, one per model, into the scratch; returns their length."""
-        length = sources[0].numel()
-        for row, source in zip(self.inputs, sources, strict=True):
-            row[:length].copy_(source)
-        if length < BLOCK:
-            self.inputs[:, length:] = 0.0
-        return length
-
-    def gram(self, sources: list[torch.Tensor]) -> np.ndarray:
+    def gram(self, block: Block) -> np.ndarray:
         """[N, N] Gram matrix of (theta_init, delta_1 ..) over one block."""
-        self.load(sources)
+        self._load(block)
         self.inputs[1:] -= self.inputs[0]
         torch.mm(self.inputs, self.inputs.t(), out=self._gram)
         return self._gram.numpy().copy()
 
-    def merge(self, sources: list[torch.Tensor], coefficients: torch.Tensor) -> None:
-        """Fill ``outputs`` with the linear combinations of one block.
+    def merge(self, block: Block, coefficients: torch.Tensor) -> torch.Tensor:
+        """Linear combinations of one block.
 
         Args:
-            sources: one 1-d tensor per model.
+            block: the block in every model.
             coefficients: [K + 1, N] float64; the last row is the merged task vector.
-        """
-        self.load(sources)
-        torch.mm(coefficients, self.inputs, out=self.outputs)
-
-    def measure(self, init: torch.Tensor, rounded: list[torch.Tensor]) -> tuple[np.ndarray, list]:
-        """Statistics of the rounded outputs of the block last merged; overwrites ``outputs``.
-
-        Args:
-            init: the block of theta_init as stored.
-            rounded: the block of every output as stored.
 
         Returns:
-            [K] inner products of the rounded outputs with the merged task vector, and [K] counts
-            of elements that differ from theta_init.
+            [K, length] float64 merged values, a view of scratch that `project` uses up.
         """
-        length, changed = init.numel(), []
-        for row, values in zip(self.outputs, rounded, strict=False):
-            row[:length].copy_(values)
-            changed.append(self._count_changed(init, values, row[:length]))
+        length = self._load(block)
+        torch.mm(coefficients, self.inputs, out=self.outputs)
+        return self.outputs[:-1, :length]
+
+    def project(self, rounded: torch.Tensor) -> np.ndarray:
+        """[K] inner products of the rounded outputs [K, length] with the merged task vector."""
+        self.outputs[:-1, : rounded.shape[1]].copy_(rounded)
         torch.mv(self.outputs[:-1], self.outputs[-1], out=self._projections)
-        return self._projections.numpy().copy(), changed
+        return self._projections.numpy()
 
-    def _count_changed(self, init: torch.Tensor, values: torch.Tensor, exact: torch.Tensor) -> int:
-        differs = self._differs[: init.numel()]
-        if values.dtype == init.dtype:  # comparing bits is several times faster
-            bits = _BITS[init.element_size()]
-            np.not_equal(values.view(bits).numpy(), init.view(bits).numpy(), out=differs)
+    def _load(self, block: Block) -> int:
+        """Convert a block to float64, zeros after its end; returns its length."""
+        length = block[0].numel()
+        if isinstance(block, torch.Tensor):
+            self.inputs[:, :length].copy_(block)
         else:
-            np.not_equal(exact.numpy(), self.inputs[0, : init.numel()].numpy(), out=differs)
-        return int(np.count_nonzero(differs))
+            for row, source in zip(self.inputs, block, strict=True):
+                row[:length].copy_(source)
+        if length < self._filled:
+            self.inputs[:, length : self._filled] = 0.0
+        self._filled = length
+        return length
 
 
-def round_to(target: torch.Tensor, values: torch.Tensor, rng: np.random.Generator | None) -> None:
-    """Round float64 ``values`` into ``target``: to nearest even, or stochastically to bfloat16.
+def count_changed(init: torch.Tensor, rounded: torch.Tensor) -> list[int]:
+    """[K] numbers of elements of ``rounded`` [K, length] that differ from ``init`` [length]."""
+    if rounded.dtype != init.dtype:
+        init = init.to(torch.promote_types(init.dtype, rounded.dtype))
+        return [int(torch.count_nonzero(values != init)) for values in rounded]
+    bits = _BITS[init.element_size()]  # comparing bits is several times faster
+    before, after = init.view(bits).numpy(), rounded.view(bits).numpy()
+    return [int(np.count_nonzero(values != before)) for values in after]
 
-    Stochastic rounding adds 16 uniform random bits below bfloat16's last place to the float32
-    pattern and truncates: the expectation is the value itself. Zeros stay zeros.
+
+def round_stochastically(
+    target: torch.Tensor, values: torch.Tensor, rng: np.random.Generator
+) -> None:
+    """Round float64 ``values`` into bfloat16 ``target``, up or down at random.
+
+    16 uniform random bits below bfloat16's last place are added to the float32 pattern, which is
+    then truncated: the expectation is the value itself. Zeros stay zeros.
     """
-    if rng is None:
-        target.copy_(values)
-        return
     bits = values.to(torch.float32).numpy().view(np.uint32)
     noise = rng.integers(0, 1 << 16, size=bits.shape, dtype=np.uint32)
     upper = ((bits + noise) >> 16).astype(np.uint16).view(np.int16)
