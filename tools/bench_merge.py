@@ -291,7 +291,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--repeats", type=int, default=3, help="of every measurement (default: 3)")
     add("--granularity", default="layer", help="of the merge (default: layer)")
     add("--drop-caches", action="store_true", help="empty the whole page cache; needs root")
-    add("--mergekit", action="store_true", help="compare with mergekit instead of the floor")
+    add(
+        "--mergekit",
+        nargs="?",
+        const="install",
+        metavar="PYTHON",
+        help="compare with mergekit instead of the floor; PYTHON has it (default: installed anew)",
+    )
     add("--child", help=argparse.SUPPRESS)
     return parser
 
