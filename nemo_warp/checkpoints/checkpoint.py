@@ -80,15 +80,16 @@ class Checkpoint:
         weights = {f"{self.weights}/{name}" for name in covered} | {f.name for f in stored.files}
         others = []
         for name, record in self.archive.members.items():
-            if name not in weights and name != PROVENANCE and self._carries(name):
+            if name not in weights and not self._is_bare:
                 others.append(FileImage(name))
                 others[-1].append(record)
-        return CheckpointImage(others + stored.files, stored.tensors)
+        files = [file for file in others + stored.files if file.name != PROVENANCE]
+        return CheckpointImage(files, stored.tensors)
 
-    def _carries(self, name: str) -> bool:
-        """Whether a file outside the weights folder goes into outputs."""
-        bare = not self.weights and self.format in ("torch_dist", "zarr")
-        return not bare  # a bare weights folder has no other files than those of its image
+    @property
+    def _is_bare(self) -> bool:
+        """Whether this is a weights folder alone, all of whose files are the store's."""
+        return not self.weights and self.format in ("torch_dist", "zarr")
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -71,4 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (CheckpointError, RankFailure, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return exit_codes.FAILED
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        return exit_codes.FAILED
     return exit_codes.DONE

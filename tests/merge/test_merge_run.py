@@ -280,6 +280,36 @@ def test_experts_in_rank_files_match_stacked_experts(tmp_path):
         reference.assert_close(tensor, expected[name], name)
 
 
+def test_outputs_are_inputs_of_the_next_iteration(tmp_path, models):
+    """Merged tars and folders merge again; each output has its own provenance, once."""
+    run(models, tmp_path / "first_{eta}.nemo")
+    again = {**models, "init": tmp_path / "first_0.3.nemo"}
+    run(again, tmp_path / "second_{eta}.nemo", report=tmp_path / "report")
+    run(again, tmp_path / "second_{eta}")
+    with tarfile.open(tmp_path / "second_1.nemo") as tar:
+        assert tar.getnames().count("./warp_merge.json") == 1
+        found = json.load(tar.extractfile("./warp_merge.json"))
+    assert found["eta"] == 1.0 and found["inputs"][0]["name"] == "first_0.3.nemo"
+    assert found["inputs"][0]["weights_digest"] == hash_weights(open_checkpoint(again["init"]))
+    folder, tar = (open_checkpoint(tmp_path / name) for name in ("second_1", "second_1.nemo"))
+    assert hash_weights(folder) == hash_weights(tar)
+    bare = {**models, "init": tmp_path / "second_0.3" / "model_weights"}
+    run(bare, tmp_path / "third_{eta}")
+    assert "model_config.yaml" not in contents(tmp_path / "third_1")
+    run({**models, "init": tmp_path / "third_1"}, tmp_path / "fourth_{eta}.nemo")
+
+
+def test_overwrite_replaces_tars_and_folders(tmp_path, models):
+    for name in ("{eta}.nemo", "folder_{eta}"):
+        run(models, tmp_path / name)
+        with pytest.raises(ValueError, match="exists; pass --overwrite"):
+            run(models, tmp_path / name, method="lerp")
+        before = contents(tmp_path)
+        run(models, tmp_path / name, method="lerp", overwrite=True)
+        after = contents(tmp_path)
+        assert before.keys() == after.keys() and before != after
+
+
 def test_diff_per_group(models, tmp_path):
     run(models, tmp_path / "{eta}.nemo", dtype="float32")
     rows = diff(open_checkpoint(models["init"]), open_checkpoint(tmp_path / "0.3.nemo"))
