@@ -18,9 +18,9 @@ which a busy machine disturbs less; it says nothing where a GPU does the work.
 The same for both: prompts per step, number, length and micro batch of generations (the end of
 sequence is forbidden), forward micro batch, training micro batch 1 (NeMo-Aligner works with no
 other), gradient clipping, optimizer, and a reward computed in this process (no server).
-Different, and part of what is compared: ours moves an EMA anchor, tempers log-probabilities, masks
-the padded vocabulary and seeds every micro batch. Left out of NeMo-Aligner's time: its logging and
-one of its two garbage collections.
+Different, and part of what is compared: ours moves an EMA anchor, tempers log-probabilities, leaves
+out the padded vocabulary and seeds every micro batch. Left out of NeMo-Aligner's time: its logging
+and one of its two garbage collections.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tools")]
 
-import _bench_member as bench  # noqa: E402
+import _bench_member as pairs  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from _bench_common import Size, write_tokenizer  # noqa: E402
 
 EPILOG = """examples:
   python tools/bench_member.py                                  # 2 CPU cores, a few minutes
@@ -62,7 +63,7 @@ def main() -> int:
     warnings.simplefilter("ignore")  # upstream's, on every step
     activate()
     logging.getLogger("nemo_logger").setLevel(logging.ERROR)
-    size = bench.Size(
+    size = Size(
         vocabulary=args.vocabulary,
         prompts=args.prompts,
         samples=args.samples,
@@ -76,10 +77,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="warp-bench-") as directory:
         checkpoint = Path(directory) / "model.nemo"
         run_ranks(_save_model, 1, checkpoint, args)
-        one = run_ranks(bench.run, 1, checkpoint, 1, size, timeout=args.timeout)[0]
+        one = run_ranks(pairs.run, 1, checkpoint, 1, size, timeout=args.timeout)[0]
         two = None
         if not torch.cuda.is_available() or torch.cuda.device_count() > 1:
-            two = run_ranks(bench.run, 2, checkpoint, 2, size, timeout=args.timeout)
+            two = run_ranks(pairs.run, 2, checkpoint, 2, size, timeout=args.timeout)
     load.append(os.getloadavg()[0])
     rows = _compare(one, two)
     _print(rows, one["parameters"], size, load)
@@ -113,13 +114,15 @@ def _parse() -> argparse.Namespace:
             f"--prompts {args.prompts} must be a multiple of twice --micro-batch "
             f"{args.micro_batch} (two ranks), and --repetitions at least 1"
         )
+    if args.hidden % args.heads:
+        parser.error(f"--hidden {args.hidden} must be a multiple of --heads {args.heads}")
     return args
 
 
 def _save_model(path: Path, args: argparse.Namespace) -> None:
     import tiny_models
 
-    tokenizer = bench.write_tokenizer(path.parent, args.vocabulary)
+    tokenizer = write_tokenizer(path.parent, args.vocabulary)
     length = args.prompt + args.response
     tiny_models.save_tiny_nemo(
         path,
@@ -165,8 +168,7 @@ def _paired(run: dict[str, Any], phase: str, ours_over_theirs: bool = True) -> l
 
 def _ratio(upper: list, lower: list) -> list[list[float]]:
     """[wall, CPU] ratio of each pair."""
-    pairs = np.array([upper, lower])
-    return (pairs[0] / np.maximum(pairs[1], 1e-9)).tolist()
+    return (np.array(upper) / np.maximum(lower, 1e-9)).tolist()
 
 
 def _row(name: str, ratios: list[list[float]], goal: str = "") -> dict[str, Any]:
@@ -192,7 +194,7 @@ def _met(value: float, goal: str) -> bool | None:
     ]
 
 
-def _print(rows: list[dict], parameters: int, size: bench.Size, load: list[float]) -> None:
+def _print(rows: list[dict], parameters: int, size: Size, load: list[float]) -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(
         f"\n{parameters / 1e6:.1f} M parameters on {device}; {size.batch} responses of "
