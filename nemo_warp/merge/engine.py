@@ -202,6 +202,11 @@ class Engine:
             values = scratch.merge(loaded.block(first + start, first + stop), coefficients)
             self._round(tensor, first + start, values, rounded[:, start:stop])
             projections += scratch.project(rounded[:, start:stop])
+        if not np.isfinite(projections).all():
+            raise ValueError(
+                f"{tensor.name}: merged values are too large for {tensor.target.dtype}; "
+                "use another --dtype or a smaller --eta"
+            )
         changed = np.array(count_changed(loaded.models[0][first:last], rounded))
         return self._write(tensor, slab, rounded), projections, changed
 
