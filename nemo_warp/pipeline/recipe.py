@@ -25,6 +25,7 @@ from nemo_warp.pipeline import inputs
 from nemo_warp.pipeline.paths import RunPaths
 from nemo_warp.pipeline.plan import Stage, build_plan
 from nemo_warp.pipeline.validate import check_recipe
+from nemo_warp.records import RecordError
 
 _SHARED_SECTIONS = ("rollout", "algorithm", "reward_client", "evaluation", "trainer", "model")
 """Sections of a member's configuration that an evaluation has too."""
@@ -143,8 +144,18 @@ class Recipe:
 
     @functools.cached_property
     def pinned(self) -> dict[str, str]:
-        """Fingerprints of the inputs as they were when the run directory was made."""
-        return json.loads(self.paths.inputs.read_text())
+        """Fingerprints of the inputs as they were when the run directory was made.
+
+        Raises:
+            RecordError: the file is gone or was damaged.
+        """
+        try:
+            return json.loads(self.paths.inputs.read_text())
+        except (OSError, ValueError) as error:
+            raise RecordError(
+                f"{self.paths.inputs} cannot be read ({error}): nobody knows what the stages were "
+                "made from; restore it, or start in another run_directory"
+            ) from error
 
 
 def load_recipe(source: Path, overrides: Sequence[str] = (), files_here: bool = True) -> Recipe:

@@ -57,7 +57,8 @@ def suffer(kind: str, directory: Path) -> None:
         sys.exit(0)
     if kind == "kill-supervisor":
         os.kill(supervisor(directory), signal.SIGKILL)
-        time.sleep(60)
+        while not stop:
+            time.sleep(0.1)
     if kind == "hang":
         while True:
             time.sleep(1)

@@ -203,6 +203,19 @@ def test_a_record_that_contradicts_is_not_believed(finished: Sandbox) -> None:
         path.write_text(text)
 
 
+def test_without_its_pins_a_run_is_refused(finished: Sandbox) -> None:
+    pins = finished.run_directory / "inputs.json"
+    aside = pins.rename(pins.with_suffix(".aside"))
+    try:
+        for command in ("status", "run"):
+            code, output = finished.call(command)
+            assert code == exit_codes.FAILED
+            assert "Traceback" not in output
+            assert "inputs.json cannot be read" in output
+    finally:
+        aside.rename(pins)
+
+
 def test_status_takes_little_time(finished: Sandbox) -> None:
     times = []
     for _ in range(3):

@@ -27,7 +27,8 @@ def run(code: str, ranks: int = 2) -> tuple[int, str]:
 
 def test_ranks_see_what_torchrun_would_set() -> None:
     keys = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK MASTER_ADDR"
-    code = f"import os; print(*(os.environ[k] for k in '{keys}'.split()), flush=True)"
+    words = f"' '.join(os.environ[k] for k in '{keys}'.split())"
+    code = f"import os; os.write(1, ({words} + chr(10)).encode())"
     status, output = run(code)
     assert status == 0
     assert sorted(output.splitlines()) == ["0 0 2 2 0 127.0.0.1", "1 1 2 2 0 127.0.0.1"]
