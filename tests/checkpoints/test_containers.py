@@ -88,7 +88,7 @@ def test_files_without_checksums_are_read(tmp_path):
 
 def test_retyped_pickles_load_as_the_new_dtype(tmp_path):
     state = {"a": torch.ones(4).bfloat16(), "b": torch.arange(3), "c": torch.ones(2)}
-    source = read_torch_zip(saved(tmp_path / "x.ckpt", state, "test")
+    source = read_torch_zip(saved(tmp_path / "x.ckpt", state), "test")
     changed = retype_pickle(source.pickle, lambda dtype: torch.float32)
     entries, contents = [], []
     for name, record in source.entries.items():
