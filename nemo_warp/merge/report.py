@@ -35,7 +35,13 @@ def write_report(result: MergeResult, folder: Path, timing: dict[str, Any]) -> d
 def table(report: dict[str, Any]) -> str:
     """The report as Markdown: one line per unit, the first pair's angle and ratio, all etas."""
     etas = report["options"]["etas"]
-    head = ["unit", "angle", "norm ratio", "|init|", *(f"|delta {i}|" for i in _policies(report))]
+    head = [
+        "unit",
+        "angle",
+        "norm ratio",
+        "norm init",
+        *(f"norm delta {i}" for i in _policies(report)),
+    ]
     head += [f"realised {eta:g} (changed)" for eta in etas]
     lines = ["# Merge report", "", *_summary(report), "", _row(head), _row(["---"] * len(head))]
     rows = {**report["units"], "whole model": report["model"]}
