@@ -124,6 +124,7 @@ class ZarrStore:
             described = {"dimension_separator": ".", **json.loads(data)}
             shape, sizes = described["shape"], described["chunks"]
             plain = all(isinstance(n, int) and n >= 0 for n in [*shape, *sizes])
+            plain &= isinstance(described["dtype"], str)
             even = len(shape) == len(sizes) and all(map(_divides, sizes, shape))
             raw = described["order"] == "C" and not (
                 described["compressor"] or described["filters"]

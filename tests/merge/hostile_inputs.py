@@ -10,6 +10,7 @@ import copy
 import gzip
 import io
 import itertools
+import json
 import os
 import pickle
 import random
@@ -77,7 +78,7 @@ def random_damage(files: Files) -> Iterator[Case]:
             yield f"truncate {name} {seed}", {**files, name: files[name][:end]}
         yield f"empty {name}", {**files, name: b""}
         yield f"zeros {name}", {**files, name: bytes(len(files[name]))}
-        yield f"without {name}", {n: c for n, c in files.items() if n != name}
+        yield f"without {name}", _without(files, name)
     tar = pack(files)
     for seed in range(20):
         rng = random.Random(seed)
@@ -389,3 +390,55 @@ def texts(files: Files, canary: str) -> Iterator[Case]:
     }
     for label, content in documents.items():
         yield f"metadata.json {label}", {**files, "model_weights/metadata.json": content}
+
+
+def legacy_cases(files: Files, canary: str) -> Iterator[Case]:
+    """A single ``model_weights.ckpt`` that is damaged or malicious."""
+    name = next(n for n in files if n.endswith(".ckpt"))
+    data = files[name]
+    for seed in range(40):
+        yield f"flip {seed}", {**files, name: flip(data, random.Random(seed))}
+        yield f"truncate {seed}", {**files, name: data[: random.Random(seed).randrange(len(data))]}
+    touch = Execute(os.system, f"touch {canary}")
+    for label, value in {"call": touch, "text": "weights", "list": [1], "number": {1: 2}}.items():
+        yield f"pickle {label}", {**files, name: repack(data, pickle=pickle.dumps(value, 2))}
+        yield f"only a pickle {label}", {**files, name: pickle.dumps(value)}
+    yield "rank missing", {f"tp_rank_00_pp_rank_001/{name}": data, **_without(files, name)}
+    yield "absurd rank", {f"mp_rank_99999999999/{name}": data, **_without(files, name)}
+    yield "rank and single", {**files, f"mp_rank_00/{name}": data}
+
+
+def zarr_cases(files: Files) -> Iterator[Case]:
+    """zarr descriptions and chunks that do not fit; contents have no checksum to violate."""
+    description = next(n for n in files if n.endswith("linear_fc2.weight/.zarray"))
+    chunk = description.replace(".zarray", "0.0.0")
+    text = json.loads(files[description])
+    for seed in range(40):
+        rng = random.Random(seed)
+        yield f"flip {seed}", {**files, description: flip(files[description], rng)}
+        yield f"truncate {seed}", {**files, description: files[description][: seed * 8]}
+    for label, change in {
+        "huge shape": {"shape": [1 << 60, 8, 12]},
+        "many chunks": {"shape": [1 << 40, 8, 12], "chunks": [1, 1, 1]},
+        "negative": {"shape": [-2, 8, 12]},
+        "zero chunks": {"chunks": [0, 8, 12]},
+        "fraction": {"shape": [2.0, 8, 12]},
+        "text": {"shape": "2"},
+        "compressed": {"compressor": {"id": "zlib"}},
+        "filtered": {"filters": [{"id": "delta"}]},
+        "column-major": {"order": "F"},
+        "dtype": {"dtype": "<f4"},
+        "unknown dtype": {"dtype": "object"},
+        "list as dtype": {"dtype": [["a", "<f4"]]},
+        "separator": {"dimension_separator": "../"},
+    }.items():
+        yield label, {**files, description: json.dumps({**text, **change}).encode()}
+    yield "deep", {**files, description: b"[" * 60000}
+    yield "large", {**files, description: b" " * (1 << 17)}
+    yield "chunk missing", _without(files, chunk)
+    yield "chunk short", {**files, chunk: files[chunk][:-1]}
+    yield "chunk long", {**files, chunk: files[chunk] + b"\0"}
+
+
+def _without(files: Files, name: str) -> Files:
+    return {n: c for n, c in files.items() if n != name}
