@@ -256,9 +256,11 @@ def compare_with_floor(folder: Path, arguments: argparse.Namespace, group_bytes:
             for flush, seconds in floors.items():
                 make_cold(inputs, arguments.drop_caches)
                 seconds.append(measure_floor(inputs, folder, sizes, flush))
+                print(f"  K = {outputs}, floor: {seconds[-1]:.2f} s", file=sys.stderr)
             for workers, found in merges.items():
                 make_cold(inputs, arguments.drop_caches)
                 found.append(measure_merge(folder, outputs, workers, arguments.granularity))
+                print(f"  K = {outputs}, {workers} workers: {found[-1]}", file=sys.stderr)
                 for path in folder.glob("out_*"):
                     path.unlink()
             print(f"  load average {os.getloadavg()[0]:.1f}", file=sys.stderr)
