@@ -163,6 +163,8 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
             kwargs["device"] = CPU
         return factory(*args, **kwargs)
 
+    # so that it pickles by reference, as the function it stands for does
+    make.__module__, make.__qualname__ = "torch", factory.__name__
     return make
 
 
