@@ -1,8 +1,9 @@
 """Describe a checkpoint, hash its weights independently of their layout, compare two.
 
-The hash is the one that a merge records for its inputs: over the canonical names and the `digest`
+The hash is the one that a merge records for its inputs: over the canonical names and the CRC-32
 of every tensor's bytes in logical order, vocabulary padding left out. The same model has the same
-hash in every format and layout.
+hash in every format and layout. It tells any two models apart unless someone forges them, at the
+speed of reading memory; SHA-256 of all bytes would cost more than the rest of a merge.
 """
 
 from __future__ import annotations
@@ -16,23 +17,25 @@ from typing import Any
 
 import numpy as np
 import torch
+from isal.isal_zlib import crc32
 
 from nemo_warp.checkpoints.checkpoint import PROVENANCE, Checkpoint
-from nemo_warp.checkpoints.checksum import digest
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.logical import LogicalTensor
 from nemo_warp.checkpoints.names import depth_of, group_of, group_order
-from nemo_warp.checkpoints.reading import FileCache, check_replica, read_patches, records_of
+from nemo_warp.checkpoints.parts import Part
+from nemo_warp.checkpoints.reading import FileCache, check_records, check_replicas, read_slab
+from nemo_warp.checkpoints.slabs import slabs_of
 from nemo_warp.checkpoints.vocabulary import true_rows, true_vocab_size
 
 
-def weights_digest(tensors: Iterable[dict[str, str]]) -> str:
-    """SHA-256 of a model's weights from its tensors' digests: the same in every layout.
+def weights_digest(tensors: Iterable[dict[str, int]]) -> str:
+    """SHA-256 of a model's weights from its tensors' CRC-32s: the same in every layout.
 
     Args:
-        tensors: dictionaries of canonical name -> `digest` of the tensor's true rows.
+        tensors: dictionaries of canonical name -> CRC-32 of the tensor's true rows.
     """
-    lines = sorted(f"{name} {digest}\n" for found in tensors for name, digest in found.items())
+    lines = sorted(f"{name} {crc:08x}\n" for found in tensors for name, crc in found.items())
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -43,10 +46,12 @@ def read_tensor(files: FileCache, tensor: LogicalTensor) -> torch.Tensor:
         CheckpointError: the file is truncated or damaged.
     """
     data = np.empty((tensor.rows, tensor.cols * tensor.dtype.itemsize), dtype=np.uint8)
-    for record, patches in records_of(tensor).items():
-        read_patches(files, tensor, record, patches, data)
-    for patches in tensor.replicas:
-        check_replica(files, tensor, patches, data)
+    parts: list[Part] = []
+    for slab in slabs_of(0, tensor.rows, tensor.cols):
+        rows = data[slab.first : slab.last]
+        parts += read_slab(files, tensor, slab, rows)
+        check_replicas(files, tensor, slab, rows)
+    check_records(files, [tensor], parts)
     return torch.from_numpy(data).view(tensor.dtype)
 
 
@@ -80,12 +85,12 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def hash_weights(checkpoint: Checkpoint) -> str:
     """The layout-independent digest of the weights; reads them all."""
-    vocab_size, digests = true_vocab_size(checkpoint), {}
+    vocab_size, crcs = true_vocab_size(checkpoint), {}
     with FileCache() as files:
         for name, tensor in checkpoint.tensors.items():
-            true = read_tensor(files, tensor)[: true_rows(tensor, vocab_size)]
-            digests[name] = digest(memoryview(true.view(torch.uint8).numpy()).cast("B"))
-    return weights_digest([digests])
+            values = read_tensor(files, tensor)[: true_rows(tensor, vocab_size)]
+            crcs[name] = crc32(values.view(torch.uint8).numpy())
+    return weights_digest([crcs])
 
 
 def diff(first: Checkpoint, second: Checkpoint) -> dict[str, dict[str, float]]:

@@ -1,24 +1,28 @@
-"""Read tensors' bytes into memory in logical order, checking the CRC-32 of what is read.
+"""Read rows of tensors in logical order, and check the CRC-32 of what was read.
 
-Records are read once, front to back in pieces that fit the cache, and each piece is scattered to
-the rectangles it holds. All functions may be called from several threads.
+Rows come slab by slab and from several threads; the CRC-32s of their parts are put together
+afterwards (`check_records`).
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from isal.isal_zlib import crc32
 
-from nemo_warp.checkpoints.checksum import crc32
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.logical import LogicalTensor, Patch, Record
+from nemo_warp.checkpoints.parts import Checksums, Part
+from nemo_warp.checkpoints.slabs import Slab
 
 PIECE = 1 << 20
+_READAHEAD = 1 << 17
+"""Bytes per request to read ahead; Linux cuts longer ones at the device's readahead size."""
 
 
 class FileCache:
@@ -58,13 +62,19 @@ class FileCache:
             done += count
 
     def prefetch(self, records: Iterable[Record]) -> None:
-        """Ask the kernel to start reading ``records`` into the page cache."""
+        """Ask the operating system to start reading ``records`` into the page cache."""
         for record in records:
-            descriptor = self.descriptor(record.path)
-            os.posix_fadvise(descriptor, record.offset, record.size, os.POSIX_FADV_WILLNEED)
+            descriptor, end = self.descriptor(record.path), record.offset + record.size
+            for start in range(record.offset, end, _READAHEAD):
+                size = min(_READAHEAD, end - start)
+                os.posix_fadvise(descriptor, start, size, os.POSIX_FADV_WILLNEED)
 
     def check_whole(self, record: Record, name: str) -> None:
-        """Check a record's CRC-32 on its own, once, for records that no single read covers."""
+        """Check a record's CRC-32 in a read of its own, once.
+
+        Raises:
+            CheckpointError: it does not match; names the tensor and file.
+        """
         with self._lock:
             if record.crc32 is None or record in self._whole:
                 return
@@ -77,91 +87,88 @@ class FileCache:
         _check_crc(crc, record, name)
 
 
-def records_of(tensor: LogicalTensor) -> dict[Record, list[Patch]]:
-    """The tensor's patches by record, in stored order."""
-    patches: dict[Record, list[Patch]] = defaultdict(list)
-    for patch in sorted(tensor.patches, key=lambda p: p.start):
-        patches[patch.record].append(patch)
-    return patches
-
-
-def read_patches(
-    files: FileCache,
-    tensor: LogicalTensor,
-    record: Record,
-    patches: list[Patch],
-    target: np.ndarray,
-) -> None:
-    """Read the ``patches`` of one record into ``target``.
+def read_slab(
+    files: FileCache, tensor: LogicalTensor, slab: Slab, target: np.ndarray, checked: bool = True
+) -> list[Part]:
+    """Read rows of a tensor.
 
     Args:
         files: descriptors to read from.
-        tensor: what is read, for its dtype and name.
-        record: where the bytes are.
-        patches: rectangles of the tensor in this record, in stored order.
-        target: [rows, cols * itemsize] uint8, the whole tensor in logical order.
+        tensor: what is read.
+        slab: which of its rows.
+        target: [slab.rows, cols * itemsize] uint8, filled in logical order.
+        checked: take CRC-32s; not needed to read the same rows again.
+
+    Returns:
+        What was read, for `check_records`; nothing unless ``checked``.
 
     Raises:
-        CheckpointError: truncated, or the CRC-32 does not match; names the tensor and file.
+        CheckpointError: a file ends early.
     """
-    width = tensor.dtype.itemsize
-    sizes = [patch.rows * patch.cols * width for patch in patches]
-    ends = [patch.start + size for patch, size in zip(patches, sizes, strict=True)]
-    whole = [0, *ends[:-1]] == [patch.start for patch in patches] and ends[-1] == record.size
-    if not whole:
-        files.check_whole(record, tensor.name)
-    crc = 0
-    for patch in patches:
-        crc = _read_patch(files, patch, width, target, crc if whole else None)
-    if whole:
-        _check_crc(crc, record, tensor.name)
+    parts = []
+    for patch in tensor.patches:
+        first, last = max(slab.first, patch.row), min(slab.last, patch.row + patch.rows)
+        if first < last:
+            rows = target[first - slab.first : last - slab.first]
+            view, start = _read_rows(files, patch, first, rows, tensor.dtype.itemsize)
+            if checked:
+                file, offset = str(patch.record.path), patch.record.offset
+                parts.append(Part(file, offset, start, len(view), crc32(view)))
+    return parts
 
 
-def _read_patch(
-    files: FileCache, patch: Patch, width: int, target: np.ndarray, crc: int | None
-) -> int | None:
-    """Read one rectangle; returns the running CRC-32, or None if it is not wanted."""
+def _read_rows(
+    files: FileCache, patch: Patch, first: int, rows: np.ndarray, width: int
+) -> tuple[memoryview, int]:
+    """Fill a patch's columns of ``rows``; returns the bytes as stored and their start."""
     line = patch.cols * width
-    window = target[
-        patch.row : patch.row + patch.rows, patch.col * width : patch.col * width + line
-    ]
-    direct = window.flags.c_contiguous
-    step = max(1, PIECE // line)
-    buffer = None if direct else np.empty((min(step, patch.rows), line), dtype=np.uint8)
-    for first in range(0, patch.rows, step):
-        rows = window[first : first + step]
-        piece = rows if direct else buffer[: len(rows)]
-        view = memoryview(piece.reshape(-1))
-        files.read_into(patch.record, patch.start + first * line, view)
-        if not direct:
-            rows[...] = piece
-        if crc is not None:
-            crc = crc32(view, crc)
-    return crc
+    start = patch.start + (first - patch.row) * line
+    window = rows[:, patch.col * width : patch.col * width + line]
+    stored = window if window.flags.c_contiguous else np.empty(window.shape, dtype=np.uint8)
+    view = memoryview(stored.reshape(-1))
+    files.read_into(patch.record, start, view)
+    if stored is not window:
+        window[...] = stored
+    return view, start
 
 
-def check_replica(
-    files: FileCache, tensor: LogicalTensor, patches: tuple[Patch, ...], target: np.ndarray
+def check_records(
+    files: FileCache, tensors: Iterable[LogicalTensor], parts: Iterable[Part]
 ) -> None:
-    """Compare a further stored copy of a tensor with what was read into ``target``.
+    """Compare the CRC-32s of what was read with those that the records state.
+
+    Args:
+        files: descriptors to read from where the parts leave gaps in a record.
+        tensors: whose records are checked.
+        parts: from `read_slab`.
+
+    Raises:
+        CheckpointError: a CRC-32 does not match; names the tensor and file.
+    """
+    found = Checksums(parts)
+    for tensor in tensors:
+        for record in dict.fromkeys(patch.record for patch in tensor.patches):
+            crc = found.of(record)
+            if crc is None:
+                files.check_whole(record, tensor.name)
+            else:
+                _check_crc(crc, record, tensor.name)
+
+
+def check_replicas(files: FileCache, tensor: LogicalTensor, slab: Slab, rows: np.ndarray) -> None:
+    """Compare further stored copies of a tensor with ``rows``, which `read_slab` filled.
 
     Raises:
         CheckpointError: they differ; names both files.
     """
-    width = tensor.dtype.itemsize
-    for patch in patches:
-        line, left = patch.cols * width, patch.col * width
-        step = max(1, PIECE // line)
-        buffer = np.empty((min(step, patch.rows), line), dtype=np.uint8)
-        for first in range(0, patch.rows, step):
-            piece = buffer[: min(step, patch.rows - first)]
-            files.read_into(patch.record, patch.start + first * line, memoryview(piece.reshape(-1)))
-            row = patch.row + first
-            if not np.array_equal(piece, target[row : row + len(piece), left : left + line]):
-                raise CheckpointError(
-                    f"{patch.record.path}: its copy of {tensor.name} differs from the one in "
-                    f"{tensor.patches[0].record.path}; the ranks of this checkpoint disagree"
-                )
+    for patches in tensor.replicas:
+        copy = np.empty_like(rows)
+        read_slab(files, replace(tensor, patches=patches), slab, copy, checked=False)
+        if not np.array_equal(copy, rows):
+            raise CheckpointError(
+                f"{patches[0].record.path}: its copy of {tensor.name} differs from the one in "
+                f"{tensor.patches[0].record.path}; the ranks of this checkpoint disagree"
+            )
 
 
 def _check_crc(crc: int, record: Record, name: str) -> None:

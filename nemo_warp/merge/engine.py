@@ -1,38 +1,49 @@
-"""One pass over the data: read a group of all inputs, measure its angles, write all outputs.
+"""Two passes over a group: measure its angles, then write all outputs.
 
-A group (a layer) of every input is in memory once, in buffers that the next group reuses. Reading,
-Gram, and merging are each spread over threads; the kernel reads the next group and writes the
-last one meanwhile.
+A group (a layer) is read from disk once: the second pass finds it in the page cache, where the
+operating system puts the next group meanwhile. Both passes are spread over threads, slab by slab.
+They are started and finished separately, so that threads can go on to the next pass while the
+results of one are put together.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from typing import Any
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 
-from nemo_warp.checkpoints.checksum import digest
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.logical import LogicalTensor, Patch
-from nemo_warp.checkpoints.reading import FileCache, check_replica, read_patches, records_of
-from nemo_warp.merge.blocks import Slab, blocks_of, slabs_of
-from nemo_warp.merge.kernel import (
-    STOCHASTIC,
-    Block,
-    Scratch,
-    block_rng,
-    count_changed,
-    round_stochastically,
-)
-from nemo_warp.merge.output import Output, Part, coalesce
+from nemo_warp.checkpoints.parts import Part, coalesce, joined_crc32
+from nemo_warp.checkpoints.reading import FileCache, check_records
+from nemo_warp.checkpoints.slabs import Slab, slabs_of
+from nemo_warp.merge.kernel import Kernel, Measured, rounding_noise
+from nemo_warp.merge.options import STOCHASTIC
+from nemo_warp.merge.output import Output
 from nemo_warp.merge.plan import GroupPlan, MergePlan, TensorPlan
 from nemo_warp.merge.results import GroupResult, UnitResult, exact_sum
 
-_ALIGNMENT = 64
+T = TypeVar("T")
+
+
+@dataclass
+class GroupMeasure:
+    """What the first pass finds.
+
+    Attributes:
+        grams: unit -> [1 + M (+ 1), ...] Gram matrix of (theta_init, deltas).
+        crcs: per input, tensor name -> CRC-32 of its true rows in logical order.
+    """
+
+    grams: dict[str, np.ndarray]
+    crcs: list[dict[str, int]]
 
 
 class Engine:
@@ -46,239 +57,188 @@ class Engine:
 
     def __init__(self, plan: MergePlan, outputs: list[Output], progress: Callable[[int], Any]):
         self.plan, self.outputs, self.progress = plan, outputs, progress
-        self.files = FileCache()
-        self._pool = ThreadPoolExecutor(
-            plan.options.workers, "merge", initializer=torch.set_num_threads, initargs=(1,)
-        )
-        self._scratch = threading.local()
-        size = max(sum(map(_slot_bytes, group.tensors)) for group in plan.groups)
-        self._arena = torch.empty(len(plan.inputs), size, dtype=torch.uint8)
-        self._loaded: dict[str, Loaded] = {}
+        self._files = FileCache()
+        self._pool = ThreadPoolExecutor(plan.options.workers, "merge")
+        self._prefetcher = ThreadPoolExecutor(1, "prefetch")
+        self._threads = threading.local()
 
     def close(self) -> None:
         """Stop the threads and close the inputs."""
-        self._pool.shutdown(cancel_futures=True)
-        self.files.__exit__()
-
-    def load(self, group: GroupPlan) -> None:
-        """Read the group from all inputs, in logical order.
-
-        Raises:
-            CheckpointError: damaged bytes, or copies that differ.
-        """
-        cursor, tasks = 0, []
-        self._loaded = {}
-        for tensor in group.tensors:
-            slot = self._arena[:, cursor : cursor + _slot_bytes(tensor)]
-            cursor += slot.shape[1]
-            loaded = self._loaded[tensor.name] = Loaded(tensor, slot)
-            for source, values in zip(tensor.sources, loaded.models, strict=True):
-                target = _bytes_of(values, source)
-                for record, patches in records_of(source).items():
-                    size = sum(p.rows * p.cols for p in patches) * source.dtype.itemsize
-                    tasks.append((self._read, source, record, patches, target, size))
-        self._run(sorted(tasks, key=lambda task: -task[-1]))
-        self._run(self._replica_checks(group))
-
-    def _replica_checks(self, group: GroupPlan) -> Iterator[tuple]:
-        for tensor in group.tensors:
-            models = self._loaded[tensor.name].models
-            for source, values in zip(tensor.sources, models, strict=True):
-                for patches in source.replicas:
-                    yield check_replica, self.files, source, patches, _bytes_of(values, source)
+        for pool in (self._prefetcher, self._pool):
+            pool.shutdown(cancel_futures=True)
+        self._files.__exit__()
 
     def prefetch(self, group: GroupPlan) -> None:
-        """Have the kernel read the group while something else is computed."""
-        for tensor in group.tensors:
-            for source in tensor.sources:
-                self.files.prefetch({patch.record for patch in source.patches})
+        """Have the operating system read the group while something else is computed."""
+        sources = (source for tensor in group.tensors for source in tensor.sources)
+        records = dict.fromkeys(patch.record for source in sources for patch in source.patches)
+        self._prefetcher.submit(self._files.prefetch, records)
 
-    def grams(self, group: GroupPlan) -> dict[str, np.ndarray]:
-        """Unit -> [1 + M (+ 1), ...] Gram matrix of (theta_init, deltas) of the loaded group.
+    def measure(self, group: GroupPlan) -> Pass[GroupMeasure]:
+        """Start to read and check the group in all inputs.
 
-        Block results are summed exactly (math.fsum), so neither their number nor order matters.
-
-        Raises:
-            CheckpointError: an input holds a NaN or an infinity.
+        The pass raises CheckpointError: damaged bytes, copies that differ, a NaN or an infinity.
         """
-        tasks, owners = [], []
-        for tensor in group.tensors:
-            for slab in slabs_of(tensor.true_rows, tensor.target.cols):
-                tasks.append((self._gram_slab, tensor, slab))
-                owners.append(tensor)
-        blocks: dict[str, list[np.ndarray]] = {}
-        for tensor, found in zip(owners, self._run(tasks), strict=True):
-            blocks.setdefault(tensor.unit, []).extend(found)
-        return {unit: exact_sum(found) for unit, found in blocks.items()}
+        slabs = list(_merged_slabs(group))
+        padding = [
+            (source, slab)
+            for tensor in group.tensors
+            for source in tensor.sources
+            for slab in slabs_of(tensor.true_rows, source.rows, source.cols)
+        ]
+        tasks = [(self._measure, *place) for place in slabs]
+        tasks += [(self._read_padding, *place) for place in padding]
 
-    def digests(self, group: GroupPlan) -> list[dict[str, str]]:
-        """Per input, tensor name -> digest of the loaded tensor's true rows in logical order."""
-        indices = range(len(self.plan.inputs))
-        tasks = [(self._digest, tensor, index) for tensor in group.tensors for index in indices]
-        found = iter(self._run(tasks))
-        result: list[dict[str, str]] = [{} for _ in indices]
-        for tensor in group.tensors:
-            for index in indices:
-                result[index][tensor.name] = next(found)
-        return result
+        def finish(found: list) -> GroupMeasure:
+            measured = found[: len(slabs)]
+            parts = [part for of_padding in found[len(slabs) :] for part in of_padding]
+            parts += [part for slab in measured for read in slab.parts for part in read]
+            sources = [source for tensor in group.tensors for source in tensor.sources]
+            check_records(self._files, sources, parts)
+            return _group_measure(slabs, measured, len(self.plan.inputs))
+
+        return Pass(self._pool, tasks, finish)
 
     def merge(
-        self, group: GroupPlan, grams: dict[str, np.ndarray], coefficients: dict[str, np.ndarray]
-    ) -> GroupResult:
-        """Write the loaded group to all outputs.
+        self, group: GroupPlan, measure: GroupMeasure, coefficients: dict[str, np.ndarray]
+    ) -> Pass[GroupResult]:
+        """Start to write the group to all outputs.
 
         Args:
-            group: the group last loaded.
-            grams: unit -> Gram matrix, for the record.
+            group: measured before.
+            measure: what is known about it, for the record.
             coefficients: unit -> [K + 1, N] over the inputs; the last row is the task vector.
+
+        The pass raises ValueError: a merged value is too large for the outputs' dtype.
         """
-        tasks = [
-            (self._merge_slab, tensor, slab, torch.from_numpy(coefficients[tensor.unit]))
-            for tensor in group.tensors
-            for slab in slabs_of(tensor.true_rows, tensor.target.cols)
-        ]
+        slabs = list(_merged_slabs(group))
         padding = [
-            (self._copy_padding, tensor, Slab(tensor.true_rows, tensor.target.rows))
+            (tensor, slab)
             for tensor in group.tensors
-            if tensor.true_rows < tensor.target.rows
+            for slab in slabs_of(tensor.true_rows, tensor.target.rows, tensor.target.cols)
         ]
-        units: dict[str, UnitResult] = {}
-        parts: list[list[Part]] = [[] for _ in self.outputs]
-        for task, (written, *measured) in zip(tasks, self._run(tasks), strict=True):
-            tensor, slab = task[1:3]
-            size = (slab.last - slab.first) * tensor.target.cols
-            share = UnitResult(grams[tensor.unit], coefficients[tensor.unit], *measured, size)
-            if tensor.unit in units:
-                units[tensor.unit].add(share)
-            else:
-                units[tensor.unit] = share
-            _extend(parts, written)
-        for written in self._run(padding):
-            _extend(parts, written)
-        return GroupResult(group.name, units, [coalesce(known) for known in parts])
+        tasks = [(self._merge, *place, coefficients[place[0].unit]) for place in slabs]
+        tasks += [(self._copy_padding, *place) for place in padding]
 
-    def _read(self, source: LogicalTensor, record, patches, target, size) -> None:
-        read_patches(self.files, source, record, patches, target)
-        self.progress(size)
+        def finish(found: list) -> GroupResult:
+            units: dict[str, UnitResult] = {}
+            for (tensor, slab), (_, *measured) in zip(slabs, found, strict=False):
+                unit, size = tensor.unit, slab.rows * tensor.target.cols
+                share = UnitResult(measure.grams[unit], coefficients[unit], *measured, size)
+                if unit in units:
+                    units[unit].add(share)
+                else:
+                    units[unit] = share
+            written = zip(*(parts for parts, *_ in found), strict=True)
+            parts = [coalesce(chain.from_iterable(of_output)) for of_output in written]
+            return GroupResult(group.name, units, parts, measure.crcs)
 
-    def _digest(self, tensor: TensorPlan, index: int) -> str:
-        true = self._loaded[tensor.name].models[index][: tensor.true_rows * tensor.target.cols]
-        return digest(memoryview(true.view(torch.uint8).numpy()))
+        return Pass(self._pool, tasks, finish)
 
-    def _gram_slab(self, tensor: TensorPlan, slab: Slab) -> list[np.ndarray]:
-        loaded, scratch, cols = (
-            self._loaded[tensor.name],
-            self._thread_scratch(),
-            tensor.target.cols,
-        )
-        first = slab.first * cols
-        blocks = [
-            loaded.block(first + start, first + stop) for start, stop in blocks_of(slab, cols)
-        ]
-        found = [scratch.gram(block) for block in blocks]
-        if not np.isfinite(found).all():
-            self._refuse_nonfinite(tensor, loaded.block(first, slab.last * cols))
-        return found
+    def _measure(self, tensor: TensorPlan, slab: Slab) -> Measured:
+        measured = self._kernel.measure(tensor, slab)
+        if not np.isfinite(measured.grams).all():
+            self._refuse_nonfinite(tensor, slab)
+        self.progress(slab.rows * sum(source.nbytes // source.rows for source in tensor.sources))
+        return measured
 
-    def _refuse_nonfinite(self, tensor: TensorPlan, views: Block) -> None:
-        for checkpoint, view in zip(self.plan.inputs, views, strict=True):
-            if not torch.isfinite(view).all():
+    def _refuse_nonfinite(self, tensor: TensorPlan, slab: Slab) -> None:
+        check_records(self._files, tensor.sources, ())  # or is it damage?
+        for checkpoint, source in zip(self.plan.inputs, tensor.sources, strict=True):
+            if not torch.isfinite(self._kernel.read(source, slab)[0]).all():
                 raise CheckpointError(
                     f"{checkpoint.path}: {tensor.name} holds a NaN or an infinity; "
                     "the policy diverged, choose an earlier checkpoint"
                 )
         raise CheckpointError(f"{tensor.name}: its inner products overflow float64")
 
-    def _merge_slab(self, tensor: TensorPlan, slab: Slab, coefficients: torch.Tensor):
-        loaded, scratch, cols = (
-            self._loaded[tensor.name],
-            self._thread_scratch(),
-            tensor.target.cols,
-        )
-        first, last = slab.first * cols, slab.last * cols
-        shape = (len(self.outputs), last - first)
-        rounded, projections = torch.empty(shape, dtype=tensor.target.dtype), np.zeros(shape[0])
-        for start, stop in blocks_of(slab, cols):
-            values = scratch.merge(loaded.block(first + start, first + stop), coefficients)
-            self._round(tensor, first + start, values, rounded[:, start:stop])
-            projections += scratch.project(rounded[:, start:stop])
-        if not np.isfinite(projections).all():
+    def _read_padding(self, source: LogicalTensor, slab: Slab) -> list[Part]:
+        self.progress(slab.rows * (source.nbytes // source.rows))
+        return self._kernel.read(source, slab)[1]
+
+    def _merge(self, tensor: TensorPlan, slab: Slab, coefficients: np.ndarray):
+        noise = self._noise(tensor, slab)
+        merged = self._kernel.combine(tensor, slab, coefficients, noise)
+        if not np.isfinite(merged.projections).all():
             raise ValueError(
                 f"{tensor.name}: merged values are too large for {tensor.target.dtype}; "
                 "use another --dtype or a smaller --eta"
             )
-        changed = np.array(count_changed(loaded.models[0][first:last], rounded))
-        return self._write(tensor, slab, rounded), projections, changed
+        return self._write(tensor, slab, merged.values), merged.projections, merged.changed
 
-    def _round(self, tensor: TensorPlan, start: int, values: torch.Tensor, target: torch.Tensor):
-        """Round float64 [K, length] into the outputs' dtype."""
-        options = self.plan.options
+    def _noise(self, tensor: TensorPlan, slab: Slab) -> np.ndarray | None:
+        """[K, length] random bits of a slab, or None where they are not wanted."""
+        options, cols = self.plan.options, tensor.target.cols
         if options.rounding != STOCHASTIC:
-            target.copy_(values)
-            return
-        for eta, row, rounded in zip(options.etas, values, target, strict=True):
-            rng = block_rng(options.seed, tensor.name, eta, start)
-            round_stochastically(rounded, row, rng)
+            return None
+        place = slab.first * cols, slab.rows * cols
+        rows = [rounding_noise(options.seed, tensor.name, eta, *place) for eta in options.etas]
+        return np.stack(rows)
 
-    def _copy_padding(self, tensor: TensorPlan, slab: Slab) -> list[list[Part]]:
-        cols = tensor.target.cols
-        padding = self._loaded[tensor.name].models[0][slab.first * cols : slab.last * cols]
-        return self._write(tensor, slab, [padding.to(tensor.target.dtype)] * len(self.outputs))
+    def _copy_padding(self, tensor: TensorPlan, slab: Slab) -> tuple[list[list[Part]]]:
+        padding = self._kernel.read(tensor.sources[0], slab)[0].to(tensor.target.dtype)
+        return (self._write(tensor, slab, [padding] * len(self.outputs)),)
 
-    def _write(self, tensor: TensorPlan, slab: Slab, rounded: Iterable[torch.Tensor]):
+    def _write(self, tensor: TensorPlan, slab: Slab, merged: Iterable[torch.Tensor]):
         """Write the slab to every output; returns the parts of each."""
         target, parts = tensor.target, []
         copies = [target.patches, *target.replicas]
-        for output, values in zip(self.outputs, rounded, strict=True):
+        for output, values in zip(self.outputs, merged, strict=True):
             rows = values.view(-1, target.cols)
             written = [_write_patch(output, patch, slab, rows) for copy in copies for patch in copy]
             parts.append([part for part in written if part is not None])
             self.progress(values.nbytes)
         return parts
 
-    def _thread_scratch(self) -> Scratch:
-        if not hasattr(self._scratch, "value"):
-            self._scratch.value = Scratch(len(self.plan.inputs), len(self.outputs))
-        return self._scratch.value
-
-    def _run(self, tasks: Iterable[tuple]) -> list:
-        """Results of (function, *arguments) tasks, in order; the first error stops the rest."""
-        futures: list[Future] = [self._pool.submit(*task) for task in tasks]
-        done, waiting = wait(futures, return_when=FIRST_EXCEPTION)
-        for future in waiting:
-            future.cancel()
-        wait(waiting)
-        for future in done:
-            if not future.cancelled() and (error := future.exception()) is not None:
-                raise error
-        return [future.result() for future in futures]
+    @property
+    def _kernel(self) -> Kernel:
+        """This thread's."""
+        if not hasattr(self._threads, "kernel"):
+            self._threads.kernel = Kernel(self._files)
+        return self._threads.kernel
 
 
-class Loaded:
-    """A tensor of all models in memory.
+class Pass(Generic[T]):
+    """Tasks on their way.
 
-    Attributes:
-        models: per model, its elements in logical order, 1-d, at the stored dtype.
+    Args:
+        pool: where they run.
+        tasks: (function, *arguments) each.
+        finish: makes the pass' result from the tasks' results, in order.
     """
 
-    def __init__(self, tensor: TensorPlan, slot: torch.Tensor):
-        self.models = [
-            row[: source.nbytes].view(source.dtype)
-            for row, source in zip(slot, tensor.sources, strict=True)
-        ]
-        dtypes = {source.dtype for source in tensor.sources}
-        self._stacked = slot.view(dtypes.pop()) if len(dtypes) == 1 else None
+    def __init__(self, pool: ThreadPoolExecutor, tasks: list[tuple], finish: Callable[[list], T]):
+        self._futures: list[Future] = [pool.submit(*task) for task in tasks]
+        self._finish = finish
 
-    def block(self, start: int, stop: int) -> Block:
-        """Elements [start, stop) of every model, in as few pieces as possible."""
-        if self._stacked is not None:
-            return self._stacked[:, start:stop]
-        return [values[start:stop] for values in self.models]
+    def result(self) -> T:
+        """Wait for all tasks; the first error ends the waiting and is raised."""
+        done, _ = wait(self._futures, return_when=FIRST_EXCEPTION)
+        for future in done:
+            future.result()
+        return self._finish([future.result() for future in self._futures])
 
 
-def _extend(parts: list[list[Part]], new: list[list[Part]]) -> None:
-    for known, added in zip(parts, new, strict=True):
-        known.extend(added)
+def _merged_slabs(group: GroupPlan) -> Iterable[tuple[TensorPlan, Slab]]:
+    for tensor in group.tensors:
+        for slab in slabs_of(0, tensor.true_rows, tensor.target.cols):
+            yield tensor, slab
+
+
+def _group_measure(
+    slabs: list[tuple[TensorPlan, Slab]], measured: list[Measured], num_inputs: int
+) -> GroupMeasure:
+    """Put slabs together. Blocks are summed exactly (math.fsum), so their order is no matter."""
+    grams: dict[str, list[np.ndarray]] = defaultdict(list)
+    pieces: dict[str, list[list[tuple[int, int]]]] = defaultdict(list)
+    for (tensor, _), slab in zip(slabs, measured, strict=True):
+        grams[tensor.unit].extend(slab.grams)
+        pieces[tensor.name].append(slab.pieces)
+    crcs: list[dict[str, int]] = [{} for _ in range(num_inputs)]
+    for name, found in pieces.items():
+        for known, of_input in zip(crcs, zip(*found, strict=True), strict=True):
+            known[name] = joined_crc32(of_input)
+    return GroupMeasure({unit: exact_sum(found) for unit, found in grams.items()}, crcs)
 
 
 def _write_patch(output: Output, patch: Patch, slab: Slab, rows: torch.Tensor) -> Part | None:
@@ -289,14 +249,3 @@ def _write_patch(output: Output, patch: Patch, slab: Slab, rows: torch.Tensor) -
     window = window.contiguous()
     start = patch.start + (first - patch.row) * patch.cols * window.element_size()
     return output.write(patch.record, start, memoryview(window.view(torch.uint8).numpy()).cast("B"))
-
-
-def _bytes_of(values: torch.Tensor, tensor: LogicalTensor) -> np.ndarray:
-    """[rows, cols * itemsize] uint8 view of a loaded tensor."""
-    return values.view(torch.uint8).numpy().reshape(tensor.rows, -1)
-
-
-def _slot_bytes(tensor: TensorPlan) -> int:
-    """Room for a tensor in the arena: that of its largest source, aligned."""
-    size = max(source.nbytes for source in tensor.sources)
-    return size + -size % _ALIGNMENT

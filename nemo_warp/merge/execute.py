@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from nemo_warp.merge.plan import GroupPlan, MergePlan
@@ -25,15 +24,10 @@ def execute(plan: MergePlan, world: World) -> tuple[Run, MergeResult | None]:
         ValueError: outputs exist, or the weights cannot be merged; likewise.
     """
     run = Run(plan, world)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        if world.rank == 0:
-            return run, _lead(run)
-        _follow(run)
-        return run, None
-    finally:
-        torch.set_num_threads(threads)
+    if world.rank == 0:
+        return run, _lead(run)
+    _follow(run)
+    return run, None
 
 
 def _lead(run: Run) -> MergeResult:

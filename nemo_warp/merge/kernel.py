@@ -1,107 +1,149 @@
-"""The arithmetic on one block: Gram matrices and merged values, in float64, rounded once.
-
-Each worker thread owns one `Scratch`. Operations are small matrix products on arrays of fixed
-shape and alignment, so equal inputs give equal bits on a given machine.
-"""
+"""What a worker thread does with one slab: read it from all inputs, measure it, combine it."""
 
 from __future__ import annotations
 
 import hashlib
+import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from isal.isal_zlib import crc32
 
-from nemo_warp.merge.blocks import BLOCK
+from nemo_warp.checkpoints.logical import LogicalTensor
+from nemo_warp.checkpoints.parts import Part
+from nemo_warp.checkpoints.reading import FileCache, check_replicas, read_slab
+from nemo_warp.checkpoints.slabs import Slab, rows_per_block
+from nemo_warp.merge import loops
+from nemo_warp.merge.plan import TensorPlan
 
-STOCHASTIC = "stochastic"
-Block = torch.Tensor | list[torch.Tensor]
-"""A block in every model: [N, length], or a list of [length] where dtypes or places differ."""
+_STORED = {
+    **{torch.bfloat16: np.uint16, torch.float16: np.int16},
+    **{torch.float32: np.float32, torch.float64: np.float64},
+}
+"""How `loops` take the elements of each dtype."""
 
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+@dataclass
+class Measured:
+    """A slab's first reading.
+
+    Attributes:
+        grams: [B, N, N] Gram matrices of (theta_init, delta_1 ..) over the slab's blocks.
+        pieces: per input, CRC-32 of the slab's bytes in logical order, and how many they are.
+        parts: per input, what was read.
+    """
+
+    grams: np.ndarray
+    pieces: list[tuple[int, int]]
+    parts: list[list[Part]]
 
 
-class Scratch:
-    """Working memory of one thread.
+@dataclass
+class Combined:
+    """A slab of all outputs.
+
+    Attributes:
+        values: [K, length], rounded; memory that the next slab reuses.
+        projections: see `loops.combine`.
+        changed: see `loops.combine`.
+    """
+
+    values: torch.Tensor
+    projections: np.ndarray
+    changed: np.ndarray
+
+
+class Kernel:
+    """One thread's working memory, and the arithmetic that uses it.
 
     Args:
-        num_inputs: models read, the init included.
-        num_outputs: outputs written.
+        files: descriptors of the inputs, shared.
     """
 
-    def __init__(self, num_inputs: int, num_outputs: int):
-        self.inputs = torch.zeros(num_inputs, BLOCK, dtype=torch.float64)
-        self.outputs = torch.zeros(num_outputs + 1, BLOCK, dtype=torch.float64)
-        self._filled = 0
-        self._gram = torch.zeros(num_inputs, num_inputs, dtype=torch.float64)
-        self._projections = torch.zeros(num_outputs, dtype=torch.float64)
+    def __init__(self, files: FileCache):
+        self._files = files
+        self._memory: dict[str, np.ndarray] = {}
 
-    def gram(self, block: Block) -> np.ndarray:
-        """[N, N] Gram matrix of (theta_init, delta_1 ..) over one block."""
-        self._load(block)
-        self.inputs[1:] -= self.inputs[0]
-        torch.mm(self.inputs, self.inputs.t(), out=self._gram)
-        return self._gram.numpy().copy()
+    def measure(self, tensor: TensorPlan, slab: Slab) -> Measured:
+        """Read a slab for the first time.
 
-    def merge(self, block: Block, coefficients: torch.Tensor) -> torch.Tensor:
-        """Linear combinations of one block.
+        Raises:
+            CheckpointError: a file ends early, or copies of a tensor differ.
+        """
+        inputs, parts, pieces = self._room(tensor, slab), [], []
+        for source, rows in zip(tensor.sources, inputs, strict=True):
+            read = read_slab(self._files, source, slab, rows)
+            check_replicas(self._files, source, slab, rows)
+            parts.append(read)
+            in_order = len(read) == 1  # the stored bytes are those of the slab
+            pieces.append((read[0].crc32 if in_order else crc32(rows), rows.nbytes))
+        block, count = rows_per_block(tensor.target.cols), len(inputs)
+        grams = np.empty((-(-slab.rows // block), count, count))
+        tile = self._take("tile", (count, loops.TILE), np.float64)
+        loops.gram(self._stacked(tensor, inputs), block * tensor.target.cols, tile, grams)
+        return Measured(grams, pieces, parts)
+
+    def combine(
+        self, tensor: TensorPlan, slab: Slab, coefficients: np.ndarray, noise: np.ndarray | None
+    ) -> Combined:
+        """Read a slab again and merge it.
 
         Args:
-            block: the block in every model.
-            coefficients: [K + 1, N] float64; the last row is the merged task vector.
-
-        Returns:
-            [K, length] float64 merged values, a view of scratch that `project` uses up.
+            tensor: the slab's.
+            slab: rows to merge.
+            coefficients: [K + 1, N] over the inputs; the last row is the merged task vector.
+            noise: None, or [K, length] uint16 for stochastic rounding.
         """
-        length = self._load(block)
-        torch.mm(coefficients, self.inputs, out=self.outputs)
-        return self.outputs[:-1, :length]
+        rooms, count, dtype = self._room(tensor, slab), len(coefficients) - 1, tensor.target.dtype
+        for source, rows in zip(tensor.sources, rooms, strict=True):
+            read_slab(self._files, source, slab, rows, checked=False)
+        inputs = self._stacked(tensor, rooms)
+        out = self._take("out", (count, inputs.shape[1]), _STORED[dtype])
+        tile = self._take("tile", (len(rooms) + 2, loops.TILE), np.float64)
+        projections, changed = np.empty(count), np.empty(count, np.int64)
+        loops.combine(inputs, coefficients, noise, tile, out, projections, changed)
+        return Combined(torch.from_numpy(out.view(np.uint8)).view(dtype), projections, changed)
 
-    def project(self, rounded: torch.Tensor) -> np.ndarray:
-        """[K] inner products of the rounded outputs [K, length] with the merged task vector."""
-        self.outputs[:-1, : rounded.shape[1]].copy_(rounded)
-        torch.mv(self.outputs[:-1], self.outputs[-1], out=self._projections)
-        return self._projections.numpy()
+    def read(self, source: LogicalTensor, slab: Slab) -> tuple[torch.Tensor, list[Part]]:
+        """[rows, cols] of one input as they are stored, and what was read."""
+        shape = (slab.rows, source.cols * source.dtype.itemsize)
+        rows = self._take("inputs", shape, np.uint8)
+        parts = read_slab(self._files, source, slab, rows)
+        return torch.from_numpy(rows).view(source.dtype), parts
 
-    def _load(self, block: Block) -> int:
-        """Convert a block to float64, zeros after its end; returns its length."""
-        length = block[0].numel()
-        if isinstance(block, torch.Tensor):
-            self.inputs[:, :length].copy_(block)
-        else:
-            for row, source in zip(self.inputs, block, strict=True):
-                row[:length].copy_(source)
-        if length < self._filled:
-            self.inputs[:, length : self._filled] = 0.0
-        self._filled = length
-        return length
+    def _room(self, tensor: TensorPlan, slab: Slab) -> list[np.ndarray]:
+        """Per input, [rows, bytes] to read the slab into; equally far apart."""
+        lines = [source.cols * source.dtype.itemsize for source in tensor.sources]
+        whole = self._take("inputs", (len(lines), slab.rows * max(lines)), np.uint8)
+        return [
+            row[: slab.rows * line].reshape(slab.rows, line)
+            for row, line in zip(whole, lines, strict=True)
+        ]
 
+    def _stacked(self, tensor: TensorPlan, rooms: list[np.ndarray]) -> np.ndarray:
+        """[N, length] elements of all inputs, in one dtype that holds them exactly."""
+        dtypes = [source.dtype for source in tensor.sources]
+        if len(set(dtypes)) == 1:
+            shape = (len(rooms), rooms[0].size)
+            return self._take("inputs", shape, np.uint8).view(_STORED[dtypes[0]])
+        wide = np.float64 if torch.float64 in dtypes else np.float32
+        inputs = self._take("wide", (len(rooms), rooms[0].size // dtypes[0].itemsize), wide)
+        for row, room, dtype in zip(inputs, rooms, dtypes, strict=True):
+            torch.from_numpy(row).copy_(torch.from_numpy(room).view(dtype).flatten())
+        return inputs
 
-def count_changed(init: torch.Tensor, rounded: torch.Tensor) -> list[int]:
-    """[K] numbers of elements of ``rounded`` [K, length] that differ from ``init`` [length]."""
-    if rounded.dtype != init.dtype:
-        init = init.to(torch.promote_types(init.dtype, rounded.dtype))
-        return [int(torch.count_nonzero(values != init)) for values in rounded]
-    bits = _BITS[init.element_size()]  # comparing bits is several times faster
-    before, after = init.view(bits).numpy(), rounded.view(bits).numpy()
-    return [int(np.count_nonzero(values != before)) for values in after]
-
-
-def round_stochastically(
-    target: torch.Tensor, values: torch.Tensor, rng: np.random.Generator
-) -> None:
-    """Round float64 ``values`` into bfloat16 ``target``, up or down at random.
-
-    16 uniform random bits below bfloat16's last place are added to the float32 pattern, which is
-    then truncated: the expectation is the value itself. Zeros stay zeros.
-    """
-    bits = values.to(torch.float32).numpy().view(np.uint32)
-    noise = rng.integers(0, 1 << 16, size=bits.shape, dtype=np.uint32)
-    upper = ((bits + noise) >> 16).astype(np.uint16).view(np.int16)
-    target.view(torch.int16).copy_(torch.from_numpy(upper))
+    def _take(self, name: str, shape: tuple[int, ...], dtype) -> np.ndarray:
+        """Uninitialised memory, valid until the next of this name is taken."""
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        if name not in self._memory or self._memory[name].nbytes < size:
+            self._memory[name] = np.empty(size, np.uint8)
+        return self._memory[name][:size].view(dtype).reshape(shape)
 
 
-def block_rng(seed: int, name: str, eta: float, start: int) -> np.random.Generator:
-    """Random bits of one block: a function of the seed and the block's place, nothing else."""
+def rounding_noise(seed: int, name: str, eta: float, start: int, length: int) -> np.ndarray:
+    """[length] uint16 random bits of one slab: a function of the seed and the slab's place."""
     text = f"{seed}/{name}/{eta!r}/{start}".encode()
     key = int.from_bytes(hashlib.sha256(text).digest()[:16], "little")
-    return np.random.Generator(np.random.Philox(key=key))
+    generator = np.random.Generator(np.random.Philox(key=key))
+    return generator.integers(0, 1 << 16, size=length, dtype=np.uint16)

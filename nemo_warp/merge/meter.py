@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -66,16 +67,12 @@ class Meter:
 
     def _probe_write(self, folder: Path) -> float:
         """Seconds per byte of writing and fsyncing a file."""
-        path, piece = folder / f".warp_probe.{os.getpid()}", bytes(_PIECE)
-        began = time.perf_counter()
-        try:
-            with path.open("wb", buffering=0) as stream:
-                for start in range(0, self._probe_bytes, _PIECE):
-                    stream.write(piece[: self._probe_bytes - start])
-                os.fsync(stream.fileno())
-            return (time.perf_counter() - began) / self._probe_bytes
-        finally:
-            path.unlink(missing_ok=True)
+        piece, began = bytes(_PIECE), time.perf_counter()
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as stream:  # it has no name
+            for start in range(0, self._probe_bytes, _PIECE):
+                stream.write(piece[: self._probe_bytes - start])
+            os.fsync(stream.fileno())
+        return (time.perf_counter() - began) / self._probe_bytes
 
 
 def summary(timing: dict[str, Any]) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 METHODS = ("slerp", "lerp", "slerp-full")
 GRANULARITIES = ("layer", "tensor", "model")
 DTYPES = ("same", "float32", "bfloat16")
-ROUNDINGS = ("nearest", "stochastic")
+STOCHASTIC = "stochastic"
+ROUNDINGS = ("nearest", STOCHASTIC)
 SOURCES = ("weights", "masters")
 MAX_ETA = 2.0
 _RECORDED = (

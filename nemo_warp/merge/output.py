@@ -11,30 +11,20 @@ import ctypes
 import os
 import shutil
 import tarfile
-from dataclasses import dataclass, replace
 from pathlib import Path
+
+from isal.isal_zlib import crc32
 
 from nemo_warp.checkpoints.archive import read_record
 from nemo_warp.checkpoints.checkpoint import PROVENANCE
-from nemo_warp.checkpoints.checksum import combine, crc32
 from nemo_warp.checkpoints.image import CheckpointImage, FileImage
 from nemo_warp.checkpoints.logical import Record
+from nemo_warp.checkpoints.parts import Checksums, Part
 from nemo_warp.records import fsync_directory
 
 _COPY_BYTES = 1 << 22
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _TAR_RECORD = tarfile.RECORDSIZE
-
-
-@dataclass(frozen=True)
-class Part:
-    """Bytes written into a record: where they start in it, how many, and their CRC-32."""
-
-    file: str
-    offset: int
-    start: int
-    size: int
-    crc32: int
 
 
 class Output:
@@ -146,15 +136,16 @@ class Output:
 
     def _record_crcs(self, parts: list[Part]) -> dict[tuple[str, int], int]:
         """(file, offset) -> CRC-32 of each merged record."""
-        whole = {(p.file, p.offset): p for p in coalesce(parts) if p.start == 0}
-        crcs = {}
+        written, crcs = Checksums(parts), {}
         for tensor in self.image.tensors.values():
             for patch in (*tensor.patches, *(p for copy in tensor.replicas for p in copy)):
-                key = str(patch.record.path), patch.record.offset
-                if key in whole and whole[key].size == patch.record.size:
-                    crcs[key] = whole[key].crc32
-                elif key not in crcs:  # a storage with gaps between its tensors
-                    crcs[key] = self._crc_on_disk(key[0], key[1], patch.record.size)
+                record, key = patch.record, (str(patch.record.path), patch.record.offset)
+                if key in crcs:
+                    continue
+                crc = written.of(record)
+                if crc is None:  # a storage with gaps between its tensors
+                    crc = self._crc_on_disk(*key, record.size)
+                crcs[key] = crc
         return crcs
 
     def _crc_on_disk(self, name: str, offset: int, size: int) -> int:
@@ -244,21 +235,6 @@ def exchange(first: Path, second: Path) -> None:
     if libc.renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) != 0:
         code = ctypes.get_errno()
         raise OSError(code, f"cannot replace {second} ({os.strerror(code)}); remove it first")
-
-
-def coalesce(parts: list[Part]) -> list[Part]:
-    """The same bytes in as few parts as possible, sorted: neighbours become one."""
-    joined: list[Part] = []
-    for part in sorted(parts, key=lambda p: (p.file, p.offset, p.start)):
-        last = joined[-1] if joined else None
-        if last and (last.file, last.offset, last.start + last.size) == (
-            *(part.file, part.offset, part.start),
-        ):
-            crc = combine(last.crc32, part.crc32, part.size)
-            joined[-1] = replace(last, size=last.size + part.size, crc32=crc)
-        else:
-            joined.append(part)
-    return joined
 
 
 def _tar_header(name: str, size: int) -> bytes:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import numpy as np
+import numba
+import numpy
 import torch
 
 from nemo_warp.checkpoints.inspection import weights_digest
@@ -22,11 +23,12 @@ def provenance(plan: MergePlan, groups: list[GroupResult]) -> dict[str, Any]:
     inputs = [
         {
             **{"role": role, "name": checkpoint.path.name, "format": checkpoint.format},
-            "weights_digest": weights_digest([group.digests[index] for group in groups]),
+            "weights_digest": weights_digest([group.crcs[index] for group in groups]),
         }
         for index, (role, checkpoint) in enumerate(zip(roles, plan.inputs, strict=True))
     ]
-    versions = {"nemo_warp": code_version(), "torch": torch.__version__, "numpy": np.__version__}
+    versions = {"nemo_warp": code_version()}
+    versions |= {library.__name__: library.__version__ for library in (numba, numpy, torch)}
     return {"inputs": inputs, "options": plan.options.recorded(), "versions": versions}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from nemo_warp.merge.output import Part
+from nemo_warp.checkpoints.parts import Part
 from nemo_warp.merge.plan import MergePlan
 
 
@@ -72,13 +72,13 @@ class GroupResult:
     Attributes:
         units: unit -> result; its Gram covers the whole unit.
         parts: per output, the bytes written and their CRC-32s.
-        digests: per input, tensor name -> `digest` of its true rows in logical order.
+        crcs: per input, tensor name -> CRC-32 of its true rows in logical order.
     """
 
     name: str
     units: dict[str, UnitResult] = field(default_factory=dict)
     parts: list[list[Part]] = field(default_factory=list)
-    digests: list[dict[str, str]] = field(default_factory=list)
+    crcs: list[dict[str, int]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; float64 survives JSON exactly."""
@@ -89,8 +89,7 @@ class GroupResult:
             ]
             for name, unit in self.units.items()
         }
-        parts = [[_part_values(part) for part in written] for written in self.parts]
-        return {"group": self.name, "units": units, "parts": parts, "digests": self.digests}
+        return {"group": self.name, "units": units, "parts": self.parts, "crcs": self.crcs}
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> GroupResult:
@@ -100,7 +99,7 @@ class GroupResult:
             for name, values in raw["units"].items()
         }
         parts = [[Part(*values) for values in written] for written in raw["parts"]]
-        return cls(raw["group"], units, parts, raw["digests"])
+        return cls(raw["group"], units, parts, raw["crcs"])
 
 
 @dataclass
@@ -138,7 +137,3 @@ def exact_sum(matrices: Sequence[np.ndarray]) -> np.ndarray:
 def _in_deltas(over_inputs: np.ndarray) -> np.ndarray:
     """Coefficients over (theta_init, deltas) of a combination of (theta_init, thetas)."""
     return np.concatenate([[over_inputs.sum()], over_inputs[1:]])
-
-
-def _part_values(part: Part) -> list:
-    return [part.file, part.offset, part.start, part.size, part.crc32]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from nemo_warp.merge.decisions import refuse_similar, unit_coefficients
-from nemo_warp.merge.engine import Engine
+from nemo_warp.merge.engine import Engine, Pass
 from nemo_warp.merge.journal import Journal
 from nemo_warp.merge.output import Output, check_space
 from nemo_warp.merge.plan import GroupPlan, MergePlan
@@ -81,26 +82,33 @@ class Run:
             engine.close()
 
     def _merge_each(self, engine: Engine, groups: list[GroupPlan], model_gram):
+        """Results of the groups, in order; each is measured while the one before is written."""
+        measuring = self._measure_each(engine, groups)
+        started = next(measuring, None)
+        for group in groups:
+            measure = started.result()
+            if model_gram is not None:
+                measure.grams = {"model": model_gram}
+            coefficients = {u: unit_coefficients(self.plan, u, g) for u, g in measure.grams.items()}
+            merging = engine.merge(group, measure, coefficients)
+            started = next(measuring, None)
+            yield merging.result()
+
+    def _measure_each(self, engine: Engine, groups: list[GroupPlan]) -> Iterator[Pass]:
+        """Started passes, the group after each on its way into the page cache."""
+        for group in groups[:1]:
+            engine.prefetch(group)
         for index, group in enumerate(groups):
-            engine.load(group)
-            if index + 1 < len(groups):
-                engine.prefetch(groups[index + 1])
-            grams = engine.grams(group) if model_gram is None else {"model": model_gram}
-            digests = engine.digests(group)
-            coefficients = {u: unit_coefficients(self.plan, u, g) for u, g in grams.items()}
-            result = engine.merge(group, grams, coefficients)
-            result.digests = digests
-            yield result
+            for following in groups[index + 1 : index + 2]:
+                engine.prefetch(following)
+            yield engine.measure(group)
 
     def _model_gram(self, engine: Engine) -> np.ndarray | None:
         """Granularity ``model``: one Gram matrix over everything, in a pass of its own."""
         if self.options.granularity != "model":
             return None
-        grams = []
-        for group in self.plan.groups:
-            engine.load(group)
-            grams.append(engine.grams(group)["model"])
-        return exact_sum(grams)
+        measuring = self._measure_each(engine, self.plan.groups)
+        return exact_sum([started.result().grams["model"] for started in measuring])
 
     def _flush(self, result: GroupResult) -> None:
         for output in self.outputs:

@@ -15,7 +15,7 @@ from nemo_warp.checkpoints.checkpoint import open_checkpoint
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.inspection import read_tensor
 from nemo_warp.checkpoints.reading import FileCache
-from nemo_warp.merge.kernel import STOCHASTIC
+from nemo_warp.merge.options import STOCHASTIC
 from nemo_warp.merge.plan import GroupPlan, MergePlan, TensorPlan
 from nemo_warp.merge.results import UnitResult
 

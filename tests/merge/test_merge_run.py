@@ -15,10 +15,11 @@ from ranks import run_ranks
 from synthetic_checkpoints import read_torch_dist, tiny_weights, write_nemo, write_torch_dist
 
 from nemo_warp import exit_codes
+from nemo_warp.checkpoints import slabs
 from nemo_warp.checkpoints.checkpoint import open_checkpoint
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.inspection import diff, hash_weights
-from nemo_warp.merge import blocks, cli, merge
+from nemo_warp.merge import cli, merge
 from nemo_warp.records import code_version
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -91,21 +92,17 @@ def test_a_failing_rank_stops_the_merge(tmp_path, models):
 
 def test_slab_size_changes_nothing(tmp_path, models, monkeypatch):
     run(models, tmp_path / "usual" / "{eta}.nemo")
-    monkeypatch.setattr(blocks, "SLAB", 1 << 11)
+    monkeypatch.setattr(slabs, "SLAB", 1 << 11)
     run(models, tmp_path / "small" / "{eta}.nemo")
     assert contents(tmp_path / "usual") == contents(tmp_path / "small")
 
 
-def test_blocks_depend_on_the_shape_alone_and_cover_it():
-    for rows, cols in [(1, 1), (7, 1), (100_000, 1), (700, 300), (3, 70_000), (40_000, 16)]:
-        ranges = [
-            (slab.first * cols + start, slab.first * cols + stop)
-            for slab in blocks.slabs_of(rows, cols)
-            for start, stop in blocks.blocks_of(slab, cols)
-        ]
-        assert ranges[0][0] == 0 and ranges[-1][1] == rows * cols
-        assert all(one[1] == two[0] for one, two in pairwise(ranges))
-        assert all(0 < stop - start <= blocks.BLOCK for start, stop in ranges)
+def test_slabs_depend_on_the_shape_alone_and_cover_it():
+    for rows, cols in [(1, 1), (7, 1), (1_000_000, 1), (7000, 300), (3, 700_000), (40_000, 16)]:
+        found = list(slabs.slabs_of(0, rows, cols))
+        assert found[0].first == 0 and found[-1].last == rows
+        assert all(one.last == two.first for one, two in pairwise(found))
+        assert all(0 < s.rows * cols <= max(slabs.SLAB, cols) for s in found)
 
 
 @pytest.mark.parametrize(
@@ -234,15 +231,16 @@ def test_bf16_distortion_is_reported_and_remedied(tmp_path):
 
 
 def test_verify_notices_a_changed_output(tmp_path, models, monkeypatch):
-    from nemo_warp.merge.engine import Engine
+    from nemo_warp.merge.kernel import Kernel
 
-    honest = Engine._round
+    honest = Kernel.combine
 
-    def careless(self, tensor, start, values, target):
-        honest(self, tensor, start, values, target)
-        target[0, 0] += 1
+    def careless(self, *place):
+        merged = honest(self, *place)
+        merged.values[0, 0] += 1
+        return merged
 
-    monkeypatch.setattr(Engine, "_round", careless)
+    monkeypatch.setattr(Kernel, "combine", careless)
     with pytest.raises(CheckpointError, match="differs from its recomputation"):
         run(models, tmp_path / "{eta}.nemo", verify="full")
     assert not list(tmp_path.glob("*.nemo"))

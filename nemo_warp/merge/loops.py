@@ -1,0 +1,201 @@
+"""The merge's inner loops over a slab, in float64, compiled by numba to run without the GIL.
+
+A slab is taken in tiles that stay in the first-level cache. Within a tile's inner products the
+compiler may reorder additions to use vector instructions, always in the same way: equal inputs
+give equal bits on machines with the same instruction set. Everything else is exact or rounded in
+the order written.
+
+Half precision has no arithmetic here, only bit patterns: bfloat16 as uint16, float16 as int16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic, overload
+
+TILE = 1024
+"""Elements per tile."""
+
+
+def _compiled(function: Callable | None = None, **options) -> Callable:
+    """Decorator: njit without the GIL, the machine code kept on disk where there is a place."""
+    if function is None:
+        return lambda function: _compiled(function, **options)
+    try:
+        return njit(nogil=True, cache=True, **options)(function)
+    except RuntimeError:  # numba finds no folder that it may write
+        return njit(nogil=True, **options)(function)
+
+
+@intrinsic
+def _float_of_half(_context, _bits):
+    def generate(_, builder, _signature, arguments):
+        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.int16), generate
+
+
+@intrinsic
+def _half_of_float(_context, _value):
+    def generate(_, builder, _signature, arguments):
+        return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
+
+    return types.int16(types.float32), generate
+
+
+def _widened(element):
+    """The float64 that a stored element stands for."""
+
+
+@overload(_widened, inline="always")
+def _widened_by_type(element):
+    if element == types.uint16:
+        return lambda element: np.float64(np.uint32(np.uint32(element) << 16).view(np.float32))
+    if element == types.int16:
+        return lambda element: np.float64(_float_of_half(element))
+    return lambda element: np.float64(element)
+
+
+def _rounded(value, like):
+    """A float64 rounded to the nearest element of the kind that ``like`` holds, ties to even."""
+
+
+@overload(_rounded, inline="always")
+def _rounded_by_type(value, like):
+    if like.dtype == types.uint16:
+
+        def to_bfloat16(value, like):
+            bits = np.float32(value).view(np.uint32)
+            return np.uint16(np.uint32(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
+
+        return to_bfloat16
+    if like.dtype == types.int16:
+        return lambda value, like: _half_of_float(np.float32(value))
+    if like.dtype == types.float32:
+        return lambda value, like: np.float32(value)
+    return lambda value, like: value
+
+
+@_compiled
+def gram(inputs, block, tile, out):
+    """Gram matrices of (theta_init, delta_1 ..) over the blocks of a slab.
+
+    Args:
+        inputs: [N, length] stored elements of (theta_init, theta_1 ..).
+        block: elements per block; the last may be shorter.
+        tile: [N, TILE] float64 working memory.
+        out: [ceil(length / block), N, N] float64 result.
+    """
+    num_inputs, length = inputs.shape
+    out[:] = 0.0
+    for first in range(0, length, block):
+        last, sums = min(first + block, length), out[first // block]
+        for start in range(first, last, TILE):
+            stop = min(start + TILE, last)
+            _widen(inputs[0, start:stop], tile[0])
+            for a in range(num_inputs):
+                row = tile[a, : stop - start]
+                if a:
+                    _widen_difference(inputs[a, start:stop], tile[0], row)
+                for b in range(a + 1):
+                    sums[a, b] += _inner_product(row, tile[b])
+        for a in range(num_inputs):
+            for b in range(a):
+                sums[b, a] = sums[a, b]
+
+
+@_compiled
+def combine(inputs, coefficients, noise, tile, out, projections, changed):
+    """Merged values of a slab for all outputs, rounded, and what rounding did to them.
+
+    Args:
+        inputs: [N, length] stored elements of (theta_init, theta_1 ..).
+        coefficients: [K + 1, N] float64; the last row is the merged task vector.
+        noise: None to round to nearest, or [K, length] uint16 to round bfloat16 at random.
+        tile: [N + 2, TILE] float64 working memory.
+        out: [K, length] stored elements, the result.
+        projections: [K] float64 result, inner products of the rounded values with the merged
+            task vector; not finite if a value was too large for ``out``.
+        changed: [K] int64 result, numbers of elements that differ from theta_init.
+    """
+    num_inputs, length = inputs.shape
+    num_outputs = out.shape[0]
+    projections[:], changed[:] = 0.0, 0
+    for start in range(0, length, TILE):
+        stop = min(start + TILE, length)
+        for n in range(num_inputs):
+            _widen(inputs[n, start:stop], tile[n])
+        task_vector = tile[num_inputs, : stop - start]
+        values = tile[num_inputs + 1, : stop - start]
+        _weigh(tile, coefficients[num_outputs], task_vector)
+        for k in range(num_outputs):
+            target = out[k, start:stop]
+            _weigh(tile, coefficients[k], values)
+            if noise is None:
+                _round(values, target)
+            else:
+                _round_at_random(values, noise[k, start:stop], target)
+            _widen(target, values)
+            projections[k] += _inner_product(values, task_vector)
+            changed[k] += _count_unequal(values, tile[0])
+
+
+@_compiled
+def _widen(stored, out):
+    for i in range(len(stored)):
+        out[i] = _widened(stored[i])
+
+
+@_compiled
+def _widen_difference(stored, base, out):
+    for i in range(len(stored)):
+        out[i] = _widened(stored[i]) - base[i]
+
+
+@_compiled
+def _weigh(rows, coefficients, out):
+    """``out`` [length] = sum of coefficients times rows, two rows at a time."""
+    a, b = rows[0], rows[1]
+    for i in range(len(out)):
+        out[i] = coefficients[0] * a[i] + coefficients[1] * b[i]
+    for n in range(2, len(coefficients)):
+        row = rows[n]
+        for i in range(len(out)):
+            out[i] += coefficients[n] * row[i]
+
+
+@_compiled(fastmath={"reassoc", "contract"})
+def _inner_product(a, b):
+    total = 0.0
+    for i in range(len(a)):
+        total += a[i] * b[i]
+    return total
+
+
+@_compiled
+def _round(values, target):
+    for i in range(len(target)):
+        target[i] = _rounded(values[i], target)
+
+
+@_compiled
+def _round_at_random(values, noise, target):
+    """To bfloat16: 16 random bits below the last place are added, then cut off (float32).
+
+    The expectation is the value itself. Zeros stay zeros.
+    """
+    for i in range(len(target)):
+        bits = np.float32(values[i]).view(np.uint32)
+        target[i] = np.uint16(np.uint32(bits + noise[i]) >> 16)
+
+
+@_compiled
+def _count_unequal(a, b):
+    count = 0
+    for i in range(len(a)):
+        count += a[i] != b[i]
+    return count
