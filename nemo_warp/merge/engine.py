@@ -164,7 +164,7 @@ class Engine:
                 f"{tensor.name}: merged values are too large for {tensor.target.dtype}; "
                 "use another --dtype or a smaller --eta"
             )
-        return self._write(tensor, slab, merged.values), merged.projections, merged.changed
+        return self._write(tensor, slab, merged.rows), merged.projections, merged.changed
 
     def _noise(self, tensor: TensorPlan, slab: Slab) -> np.ndarray | None:
         """[K, length] random bits of a slab, or None where they are not wanted."""
@@ -177,17 +177,18 @@ class Engine:
 
     def _copy_padding(self, tensor: TensorPlan, slab: Slab) -> tuple[list[list[Part]]]:
         padding = self._kernel.read(tensor.sources[0], slab)[0].to(tensor.target.dtype)
-        return (self._write(tensor, slab, [padding] * len(self.outputs)),)
+        rows = padding.view(torch.uint8).numpy()
+        return (self._write(tensor, slab, [rows] * len(self.outputs)),)
 
-    def _write(self, tensor: TensorPlan, slab: Slab, merged: Iterable[torch.Tensor]):
-        """Write the slab to every output; returns the parts of each."""
+    def _write(self, tensor: TensorPlan, slab: Slab, merged: Iterable[np.ndarray]):
+        """Write the slab's rows [rows, bytes] to every output; returns the parts of each."""
         target, parts = tensor.target, []
-        copies = [target.patches, *target.replicas]
-        for output, values in zip(self.outputs, merged, strict=True):
-            rows = values.view(-1, target.cols)
-            written = [_write_patch(output, patch, slab, rows) for copy in copies for patch in copy]
+        patches = list(chain(target.patches, *target.replicas))
+        width = target.dtype.itemsize
+        for output, rows in zip(self.outputs, merged, strict=True):
+            written = [_write_patch(output, patch, slab, rows, width) for patch in patches]
             parts.append([part for part in written if part is not None])
-            self.progress(values.nbytes)
+            self.progress(rows.nbytes)
         return parts
 
     @property
@@ -241,11 +242,13 @@ def _group_measure(
     return GroupMeasure({unit: exact_sum(found) for unit, found in grams.items()}, crcs)
 
 
-def _write_patch(output: Output, patch: Patch, slab: Slab, rows: torch.Tensor) -> Part | None:
+def _write_patch(
+    output: Output, patch: Patch, slab: Slab, rows: np.ndarray, width: int
+) -> Part | None:
     first, last = max(slab.first, patch.row), min(slab.last, patch.row + patch.rows)
     if first >= last:
         return None
-    window = rows[first - slab.first : last - slab.first, patch.col : patch.col + patch.cols]
-    window = window.contiguous()
-    start = patch.start + (first - patch.row) * patch.cols * window.element_size()
-    return output.write(patch.record, start, memoryview(window.view(torch.uint8).numpy()).cast("B"))
+    left, line = patch.col * width, patch.cols * width
+    window = rows[first - slab.first : last - slab.first, left : left + line]
+    data = memoryview(np.ascontiguousarray(window).reshape(-1))
+    return output.write(patch.record, patch.start + (first - patch.row) * line, data)

@@ -44,12 +44,12 @@ class Combined:
     """A slab of all outputs.
 
     Attributes:
-        values: [K, length], rounded; memory that the next slab reuses.
+        rows: [K, rows, bytes] uint8, rounded; memory that the next slab reuses.
         projections: see `loops.combine`.
         changed: see `loops.combine`.
     """
 
-    values: torch.Tensor
+    rows: np.ndarray
     projections: np.ndarray
     changed: np.ndarray
 
@@ -103,7 +103,8 @@ class Kernel:
         tile = self._take("tile", (len(rooms) + 2, loops.TILE), np.float64)
         projections, changed = np.empty(count), np.empty(count, np.int64)
         loops.combine(inputs, coefficients, noise, tile, out, projections, changed)
-        return Combined(torch.from_numpy(out.view(np.uint8)).view(dtype), projections, changed)
+        rows = out.view(np.uint8).reshape(count, slab.rows, -1)
+        return Combined(rows, projections, changed)
 
     def read(self, source: LogicalTensor, slab: Slab) -> tuple[torch.Tensor, list[Part]]:
         """[rows, cols] of one input as they are stored, and what was read."""

@@ -1,9 +1,9 @@
 """The merge's inner loops over a slab, in float64, compiled by numba to run without the GIL.
 
-A slab is taken in tiles that stay in the first-level cache. Within a tile's inner products the
-compiler may reorder additions to use vector instructions, always in the same way: equal inputs
-give equal bits on machines with the same instruction set. Everything else is exact or rounded in
-the order written.
+A slab is taken in tiles that stay in the first-level cache. Within a tile the compiler may fuse
+multiplications with additions and reorder the additions of an inner product to use vector
+instructions, always in the same way: equal inputs give equal bits on machines with the same
+instruction set.
 
 Half precision has no arithmetic here, only bit patterns: bfloat16 as uint16, float16 as int16.
 """
@@ -139,9 +139,9 @@ def combine(inputs, coefficients, noise, tile, out, projections, changed):
                 _round(values, target)
             else:
                 _round_at_random(values, noise[k, start:stop], target)
-            _widen(target, values)
-            projections[k] += _inner_product(values, task_vector)
-            changed[k] += _count_unequal(values, tile[0])
+            projection, count = _compare(target, task_vector, tile[0])
+            projections[k] += projection
+            changed[k] += count
 
 
 @_compiled
@@ -156,16 +156,25 @@ def _widen_difference(stored, base, out):
         out[i] = _widened(stored[i]) - base[i]
 
 
-@_compiled
+@_compiled(fastmath={"contract"})
 def _weigh(rows, coefficients, out):
-    """``out`` [length] = sum of coefficients times rows, two rows at a time."""
-    a, b = rows[0], rows[1]
-    for i in range(len(out)):
-        out[i] = coefficients[0] * a[i] + coefficients[1] * b[i]
-    for n in range(2, len(coefficients)):
+    """``out`` [length] = sum of coefficients times rows."""
+    if len(coefficients) == 2:
+        _weigh_two(rows[0], rows[1], coefficients, out)
+        return
+    a, b, c = rows[0], rows[1], rows[2]
+    for i in range(len(out)):  # one pass for two policies, the usual case
+        out[i] = coefficients[0] * a[i] + coefficients[1] * b[i] + coefficients[2] * c[i]
+    for n in range(3, len(coefficients)):
         row = rows[n]
         for i in range(len(out)):
             out[i] += coefficients[n] * row[i]
+
+
+@_compiled(fastmath={"contract"})
+def _weigh_two(a, b, coefficients, out):
+    for i in range(len(out)):
+        out[i] = coefficients[0] * a[i] + coefficients[1] * b[i]
 
 
 @_compiled(fastmath={"reassoc", "contract"})
@@ -174,6 +183,17 @@ def _inner_product(a, b):
     for i in range(len(a)):
         total += a[i] * b[i]
     return total
+
+
+@_compiled(fastmath={"reassoc", "contract"})
+def _compare(stored, task_vector, base):
+    """Inner product of stored elements with the task vector, and how many differ from ``base``."""
+    projection, count = 0.0, 0
+    for i in range(len(stored)):
+        value = _widened(stored[i])
+        projection += value * task_vector[i]
+        count += value != base[i]
+    return projection, count
 
 
 @_compiled
@@ -191,11 +211,3 @@ def _round_at_random(values, noise, target):
     for i in range(len(target)):
         bits = np.float32(values[i]).view(np.uint32)
         target[i] = np.uint16(np.uint32(bits + noise[i]) >> 16)
-
-
-@_compiled
-def _count_unequal(a, b):
-    count = 0
-    for i in range(len(a)):
-        count += a[i] != b[i]
-    return count

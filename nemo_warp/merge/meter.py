@@ -12,7 +12,7 @@ from typing import Any
 from nemo_warp.merge.plan import MergePlan
 
 _MIN_PROBE, _MAX_PROBE = 1 << 20, 1 << 28
-_PROBE_SHARE = 100
+_PROBE_SHARE = 400
 _PIECE = 1 << 22
 
 
@@ -20,7 +20,7 @@ class Meter:
     """Measures from its creation on.
 
     The floor is the time that reading the inputs and writing and fsyncing the outputs takes, one
-    after the other, at rates measured on a hundredth of the bytes: of the init at the start
+    after the other, at rates measured on a four-hundredth of the bytes: of the init at the start
     (through the page cache, as the merge finds it), and into the output folder at the end.
 
     Args:
