@@ -11,10 +11,10 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,10 +27,9 @@ from nemo_warp.checkpoints.slabs import Slab, slabs_of
 from nemo_warp.merge.kernel import Kernel, Measured, rounding_noise
 from nemo_warp.merge.options import STOCHASTIC
 from nemo_warp.merge.output import Output
+from nemo_warp.merge.passes import Pass
 from nemo_warp.merge.plan import GroupPlan, MergePlan, TensorPlan
 from nemo_warp.merge.results import GroupResult, UnitResult, exact_sum
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -197,27 +196,6 @@ class Engine:
         if not hasattr(self._threads, "kernel"):
             self._threads.kernel = Kernel(self._files)
         return self._threads.kernel
-
-
-class Pass(Generic[T]):
-    """Tasks on their way.
-
-    Args:
-        pool: where they run.
-        tasks: (function, *arguments) each.
-        finish: makes the pass' result from the tasks' results, in order.
-    """
-
-    def __init__(self, pool: ThreadPoolExecutor, tasks: list[tuple], finish: Callable[[list], T]):
-        self._futures: list[Future] = [pool.submit(*task) for task in tasks]
-        self._finish = finish
-
-    def result(self) -> T:
-        """Wait for all tasks; the first error ends the waiting and is raised."""
-        done, _ = wait(self._futures, return_when=FIRST_EXCEPTION)
-        for future in done:
-            future.result()
-        return self._finish([future.result() for future in self._futures])
 
 
 def _merged_slabs(group: GroupPlan) -> Iterable[tuple[TensorPlan, Slab]]:

@@ -62,6 +62,7 @@ class MergePlan:
         groups: in canonical order.
         image: the layout of every output.
         notes: what the user should know before and after.
+        files: path -> [size, time of change in ns] of every input file.
         identity: hash of everything that decides the outputs, input files' size and time included.
     """
 
@@ -70,6 +71,7 @@ class MergePlan:
     groups: tuple[GroupPlan, ...]
     image: CheckpointImage
     notes: tuple[str, ...]
+    files: dict[str, list[int]]
     identity: str
 
     @property
@@ -81,6 +83,19 @@ class MergePlan:
     def output_bytes(self) -> int:
         """Size of one output."""
         return sum(file.size for file in self.image.files)
+
+    def check_unchanged(self) -> None:
+        """Raise if an input file is not what it was when the plan was made.
+
+        Raises:
+            CheckpointError: names the file.
+        """
+        now = _file_states(self.inputs)
+        changed = [path for path, state in self.files.items() if now.get(path) != state]
+        if changed:
+            raise CheckpointError(
+                f"{changed[0]} was changed while it was merged; merge again when it is complete"
+            )
 
 
 def open_inputs(options: MergeOptions) -> tuple[Checkpoint, ...]:
@@ -121,8 +136,9 @@ def make_plan(options: MergeOptions, inputs: tuple[Checkpoint, ...]) -> MergePla
         groups[group_of(tensor.name)].append(tensor)
     names = sorted(groups, key=group_order)
     ordered = tuple(GroupPlan(name, tuple(groups[name])) for name in names)
-    identity = _identity(options, inputs, tensors)
-    return MergePlan(options, inputs, ordered, image, tuple(dict.fromkeys(notes)), identity)
+    files = _file_states(inputs)
+    identity = _identity(options, files, tensors)
+    return MergePlan(options, inputs, ordered, image, tuple(dict.fromkeys(notes)), files, identity)
 
 
 def _source_tables(options, inputs, notes) -> list[dict[str, LogicalTensor]]:
@@ -211,12 +227,13 @@ def _check_rounding(options: MergeOptions, tensors: list[TensorPlan]) -> None:
         )
 
 
-def _identity(options: MergeOptions, inputs, tensors: list[TensorPlan]) -> str:
-    files: dict[str, list[int]] = {}
-    for checkpoint in inputs:
-        for record in checkpoint.archive.members.values():
-            stat = record.path.stat()
-            files[str(record.path.resolve())] = [stat.st_size, stat.st_mtime_ns]
+def _file_states(inputs: tuple[Checkpoint, ...]) -> dict[str, list[int]]:
+    records = (record for one in inputs for record in one.archive.members.values())
+    paths = {record.path.resolve() for record in records}
+    return {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(paths)}
+
+
+def _identity(options: MergeOptions, files: dict[str, list[int]], tensors: list[TensorPlan]) -> str:
     names = [[t.name, t.true_rows, t.unit, str(t.target.dtype)] for t in tensors]
     outputs = {repr(eta): str(path.resolve()) for eta, path in options.outputs.items()}
     text = canonical_json([options.recorded(), files, names, outputs])

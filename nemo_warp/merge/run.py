@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from nemo_warp.merge.decisions import refuse_similar, unit_coefficients
-from nemo_warp.merge.engine import Engine, Pass
+from nemo_warp.merge.engine import Engine
 from nemo_warp.merge.journal import Journal
 from nemo_warp.merge.output import Output, check_space
+from nemo_warp.merge.passes import Pass
 from nemo_warp.merge.plan import GroupPlan, MergePlan
 from nemo_warp.merge.provenance import provenance_bytes
 from nemo_warp.merge.ranks import Meeting, World
@@ -78,6 +79,7 @@ class Run:
                     for result in self._merge_each(engine, groups, self._model_gram(engine))
                 ]
                 _raise_first(flushes)
+                self.plan.check_unchanged()
         finally:
             engine.close()
 
@@ -94,7 +96,7 @@ class Run:
             started = next(measuring, None)
             yield merging.result()
 
-    def _measure_each(self, engine: Engine, groups: list[GroupPlan]) -> Iterator[Pass]:
+    def _measure_each(self, engine: Engine, groups: Sequence[GroupPlan]) -> Iterator[Pass]:
         """Started passes, the group after each on its way into the page cache."""
         for group in groups[:1]:
             engine.prefetch(group)

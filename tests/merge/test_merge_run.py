@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tarfile
 from itertools import pairwise
 from pathlib import Path
@@ -90,9 +91,25 @@ def test_a_failing_rank_stops_the_merge(tmp_path, models):
     assert contents(tmp_path / "out") == {}
 
 
+def test_an_input_that_changes_on_the_way_is_refused(tmp_path, models, monkeypatch):
+    from nemo_warp.merge.engine import Engine
+
+    policy = shutil.copy(models["b"], tmp_path / "b.nemo")
+    honest = Engine.merge
+
+    def meanwhile(self, *args):
+        os.utime(policy)
+        return honest(self, *args)
+
+    monkeypatch.setattr(Engine, "merge", meanwhile)
+    with pytest.raises(CheckpointError, match=r"b\.nemo was changed while it was merged"):
+        run({**models, "b": policy}, tmp_path / "out" / "{eta}.nemo")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_slab_size_changes_nothing(tmp_path, models, monkeypatch):
     run(models, tmp_path / "usual" / "{eta}.nemo")
-    monkeypatch.setattr(slabs, "SLAB", 1 << 11)
+    monkeypatch.setattr(slabs, "SLAB", 1 << 14)
     run(models, tmp_path / "small" / "{eta}.nemo")
     assert contents(tmp_path / "usual") == contents(tmp_path / "small")
 
