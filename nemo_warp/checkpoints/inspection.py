@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from isal.isal_zlib import crc32
 
 from nemo_warp.checkpoints.checkpoint import PROVENANCE, Checkpoint
+from nemo_warp.checkpoints.crc import crc32
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.logical import LogicalTensor
 from nemo_warp.checkpoints.names import depth_of, group_of, group_order

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from isal.isal_zlib import crc32_combine
-
+from nemo_warp.checkpoints.crc import crc32_combine
 from nemo_warp.checkpoints.logical import Record
 
 

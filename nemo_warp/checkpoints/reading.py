@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from isal.isal_zlib import crc32
 
+from nemo_warp.checkpoints.crc import crc32
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.logical import LogicalTensor, Patch, Record
 from nemo_warp.checkpoints.parts import Checksums, Part

@@ -17,9 +17,8 @@ import zipfile
 from dataclasses import dataclass, replace
 from typing import Any
 
-from isal.isal_zlib import crc32
-
 from nemo_warp.checkpoints.archive import RangeReader, read_record
+from nemo_warp.checkpoints.crc import crc32
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.logical import Record
 from nemo_warp.checkpoints.unpickling import load_tensor_pickle

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from isal.isal_zlib import crc32
 
+from nemo_warp.checkpoints.crc import crc32
 from nemo_warp.checkpoints.logical import LogicalTensor
 from nemo_warp.checkpoints.parts import Part
 from nemo_warp.checkpoints.reading import FileCache, check_replicas, read_slab

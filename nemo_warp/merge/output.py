@@ -13,10 +13,9 @@ import shutil
 import tarfile
 from pathlib import Path
 
-from isal.isal_zlib import crc32
-
 from nemo_warp.checkpoints.archive import read_record
 from nemo_warp.checkpoints.checkpoint import PROVENANCE
+from nemo_warp.checkpoints.crc import crc32
 from nemo_warp.checkpoints.image import CheckpointImage, FileImage
 from nemo_warp.checkpoints.logical import Record
 from nemo_warp.checkpoints.parts import Checksums, Part

@@ -1,7 +1,9 @@
 """torch.save layouts, checksums and tilings, against torch and zlib."""
 
+import importlib
 import io
 import os
+import sys
 import zipfile
 import zlib
 from itertools import product
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nemo_warp.checkpoints import crc
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.image import retype_pickle
 from nemo_warp.checkpoints.logical import (
@@ -105,10 +108,19 @@ def test_retyped_pickles_load_as_the_new_dtype(tmp_path):
     assert loaded["b"].dtype == torch.int64 and loaded["c"].tolist() == [1.0, 1.0]
 
 
-def test_checksum_of_many_pieces():
+@pytest.mark.parametrize("isal", [True, False])
+def test_checksum_of_many_pieces(monkeypatch, isal):
+    if not isal:  # as in NVIDIA's containers
+        monkeypatch.setitem(sys.modules, "isal.isal_zlib", None)
+    library = importlib.reload(crc)
     pieces = [os.urandom(size) for size in (100, 0, 1, 4096)]
-    found = joined_crc32((zlib.crc32(piece), len(piece)) for piece in pieces)
-    assert found == zlib.crc32(b"".join(pieces))
+    whole = library.crc32(pieces[0])
+    for piece in pieces[1:]:
+        whole = library.crc32_combine(whole, library.crc32(piece), len(piece))
+    assert whole == zlib.crc32(b"".join(pieces))
+    assert joined_crc32((zlib.crc32(piece), len(piece)) for piece in pieces) == whole
+    monkeypatch.undo()
+    importlib.reload(crc)
 
 
 @pytest.mark.parametrize(
