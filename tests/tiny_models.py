@@ -6,6 +6,7 @@ Call these inside `ranks.run_ranks`: a distributed checkpoint is written by all 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ it was good: and God divided the light from the darkness. And God called the lig
 darkness he called Night. And the evening and the morning were the first day."""
 
 
-def write_tokenizer(directory: Path, vocabulary: int = VOCABULARY) -> Path:
-    """Train a SentencePiece model on a paragraph of text; the path of its ``.model`` file."""
+def write_tokenizer(
+    directory: Path, vocabulary: int = VOCABULARY, lines: Iterable[str] = _TEXT.split(". ")
+) -> Path:
+    """Train a SentencePiece model on lines of text; the path of its ``.model`` file."""
     import sentencepiece
 
     text, prefix = directory / "text.txt", directory / "tokenizer"
-    text.write_text("\n".join(_TEXT.split(". ")))
+    text.write_text("\n".join(lines))
     sentencepiece.SentencePieceTrainer.train(
         input=str(text),
         model_prefix=str(prefix),

@@ -39,21 +39,10 @@ class Size:
 
 def write_tokenizer(directory: Path, vocabulary: int) -> Path:
     """A SentencePiece model of exactly ``vocabulary`` tokens, from made-up words."""
-    import sentencepiece
+    import tiny_models
 
     letters = np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz"), (vocabulary, 6))
-    text, prefix = directory / "text.txt", directory / "tokenizer"
-    text.write_text("\n".join("".join(word) for word in letters) + "\n")
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(text),
-        model_prefix=str(prefix),
-        vocab_size=vocabulary,
-        model_type="bpe",
-        num_threads=1,
-        minloglevel=2,
-        **{"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": 3},
-    )
-    return prefix.with_suffix(".model")
+    return tiny_models.write_tokenizer(directory, vocabulary, map("".join, letters))
 
 
 class Stopwatch:

@@ -45,7 +45,7 @@ def read_tensor(files: FileCache, tensor: LogicalTensor) -> torch.Tensor:
     Raises:
         CheckpointError: the file is truncated or damaged.
     """
-    data = np.empty((tensor.rows, tensor.cols * tensor.dtype.itemsize), dtype=np.uint8)
+    data = np.empty((tensor.rows, tensor.row_bytes), dtype=np.uint8)
     parts: list[Part] = []
     for slab in slabs_of(0, tensor.rows, tensor.cols):
         rows = data[slab.first : slab.last]

@@ -74,6 +74,11 @@ class LogicalTensor:
         return math.prod(self.shape)
 
     @property
+    def row_bytes(self) -> int:
+        """Size of a row in bytes at the stored dtype."""
+        return self.cols * self.dtype.itemsize
+
+    @property
     def nbytes(self) -> int:
         """Size in bytes at the stored dtype."""
         return self.numel * self.dtype.itemsize

@@ -96,7 +96,7 @@ def read_slab(
         files: descriptors to read from.
         tensor: what is read.
         slab: which of its rows.
-        target: [slab.rows, cols * itemsize] uint8, filled in logical order.
+        target: [slab.rows, tensor.row_bytes] uint8, filled in logical order.
         checked: take CRC-32s; not needed to read the same rows again.
 
     Returns:

@@ -138,7 +138,7 @@ class Engine:
         measured = self._kernel.measure(tensor, slab)
         if not np.isfinite(measured.grams).all():
             self._refuse_nonfinite(tensor, slab)
-        self.progress(slab.rows * sum(source.nbytes // source.rows for source in tensor.sources))
+        self.progress(slab.rows * sum(source.row_bytes for source in tensor.sources))
         return measured
 
     def _refuse_nonfinite(self, tensor: TensorPlan, slab: Slab) -> None:
@@ -152,7 +152,7 @@ class Engine:
         raise CheckpointError(f"{tensor.name}: its inner products overflow float64")
 
     def _read_padding(self, source: LogicalTensor, slab: Slab) -> list[Part]:
-        self.progress(slab.rows * (source.nbytes // source.rows))
+        self.progress(slab.rows * source.row_bytes)
         return self._kernel.read(source, slab)[1]
 
     def _merge(self, tensor: TensorPlan, slab: Slab, coefficients: np.ndarray):

@@ -108,14 +108,13 @@ class Kernel:
 
     def read(self, source: LogicalTensor, slab: Slab) -> tuple[torch.Tensor, list[Part]]:
         """[rows, cols] of one input as they are stored, and what was read."""
-        shape = (slab.rows, source.cols * source.dtype.itemsize)
-        rows = self._take("inputs", shape, np.uint8)
+        rows = self._take("inputs", (slab.rows, source.row_bytes), np.uint8)
         parts = read_slab(self._files, source, slab, rows)
         return torch.from_numpy(rows).view(source.dtype), parts
 
     def _room(self, tensor: TensorPlan, slab: Slab) -> list[np.ndarray]:
         """Per input, [rows, bytes] to read the slab into; equally far apart."""
-        lines = [source.cols * source.dtype.itemsize for source in tensor.sources]
+        lines = [source.row_bytes for source in tensor.sources]
         whole = self._take("inputs", (len(lines), slab.rows * max(lines)), np.uint8)
         return [
             row[: slab.rows * line].reshape(slab.rows, line)

@@ -229,8 +229,9 @@ def _check_rounding(options: MergeOptions, tensors: list[TensorPlan]) -> None:
 
 def _file_states(inputs: tuple[Checkpoint, ...]) -> dict[str, list[int]]:
     records = (record for one in inputs for record in one.archive.members.values())
-    paths = {record.path.resolve() for record in records}
-    return {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(paths)}
+    paths = sorted({record.path.resolve() for record in records})
+    states = {path: path.stat() for path in paths}
+    return {str(path): [state.st_size, state.st_mtime_ns] for path, state in states.items()}
 
 
 def _identity(options: MergeOptions, files: dict[str, list[int]], tensors: list[TensorPlan]) -> str:
