@@ -4,7 +4,9 @@
 Makes synthetic NeMo checkpoints (torch_dist, bfloat16, layers shaped like a Llama's) in a
 temporary folder and removes them afterwards. For every number of outputs it alternates between
 the floor - reading the same input bytes, writing and fsyncing the same output bytes, overlapped,
-without looking at them - and the merge, and prints medians and their ratio.
+without looking at them - and the merge, and prints medians and their ratio. The floor is measured
+three ways: through the page cache, with fdatasync now and then, and past the page cache; the
+fastest counts.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import mmap
 import os
 import pickle
 import resource
@@ -23,6 +26,8 @@ import tarfile
 import tempfile
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -46,6 +51,8 @@ cache, or a virtual disk's host, is out of reach: compare the ratio, not the sec
 """
 CHUNK = 8 << 20
 FLUSH = 256 << 20
+DIRECT_CHUNK, DIRECT_THREADS = 4 << 20, 4
+WAYS = ("cached", "flushed", "direct")
 ETAS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 MODELS = ("init", "a", "b")
 METADATA = {
@@ -161,22 +168,26 @@ def make_cold(paths: list[Path], everything: bool) -> None:
         Path("/proc/sys/vm/drop_caches").write_text("3\n")
 
 
-def measure_floor(inputs: list[Path], folder: Path, sizes: list[int], flush: bool) -> float:
+def measure_floor(inputs: list[Path], folder: Path, sizes: list[int], way: str) -> float:
     """Seconds to read all inputs and to write and fsync files of these sizes, at the same time.
 
     Args:
-        flush: start writing back every `FLUSH` bytes rather than only at the end.
+        way: one of `WAYS`: through the page cache; the same, written back every `FLUSH` bytes
+            rather than only at the end; past the page cache with `DIRECT_THREADS` each.
     """
-    threads = [
-        threading.Thread(target=_read_all, args=(inputs,)),
-        threading.Thread(target=_write_all, args=(folder, sizes, flush)),
-    ]
+    outputs = [(folder / f"floor_{i}", size) for i, size in enumerate(sizes)]
+    if way == "direct":
+        work = [(_read_direct, inputs), (_write_direct, outputs)]
+    else:
+        work = [(_read_all, inputs), (_write_all, outputs, way == "flushed")]
     begin = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return time.perf_counter() - begin
+    with ThreadPoolExecutor(len(work)) as pool:
+        for done in [pool.submit(*one) for one in work]:
+            done.result()
+    seconds = time.perf_counter() - begin
+    for path, _ in outputs:
+        path.unlink()
+    return seconds
 
 
 def _read_all(paths: list[Path]) -> None:
@@ -188,22 +199,58 @@ def _read_all(paths: list[Path]) -> None:
                 pass
 
 
-def _write_all(folder: Path, sizes: list[int], flush: bool) -> None:
+def _write_all(outputs: list[tuple[Path, int]], flush: bool) -> None:
     data = os.urandom(CHUNK)
-    files = [os.open(folder / f"floor_{i}", os.O_CREAT | os.O_WRONLY) for i in range(len(sizes))]
+    files = [os.open(path, os.O_CREAT | os.O_WRONLY) for path, _ in outputs]
     unflushed = 0
-    for start in range(0, max(sizes), CHUNK):
-        for file, size in zip(files, sizes, strict=True):
+    for start in range(0, max(size for _, size in outputs), CHUNK):
+        for file, (_, size) in zip(files, outputs, strict=True):
             os.pwrite(file, data[: max(0, min(CHUNK, size - start))], start)
         unflushed += CHUNK * len(files)
         if flush and unflushed > FLUSH:
             for file in files:
                 os.fdatasync(file)
             unflushed = 0
-    for i, file in enumerate(files):
+    for file in files:
         os.fsync(file)
         os.close(file)
-        (folder / f"floor_{i}").unlink()
+
+
+def _read_direct(paths: list[Path]) -> None:
+    files = [os.open(path, os.O_RDONLY | os.O_DIRECT) for path in paths]
+    _in_pieces([(file, os.fstat(file).st_size) for file in files], os.preadv)
+
+
+def _write_direct(outputs: list[tuple[Path, int]]) -> None:
+    files = [os.open(path, os.O_CREAT | os.O_WRONLY | os.O_DIRECT) for path, _ in outputs]
+    sizes = [-(-size // mmap.PAGESIZE) * mmap.PAGESIZE for _, size in outputs]
+    for file, size in zip(files, sizes, strict=True):
+        os.posix_fallocate(file, 0, size)
+    _in_pieces(list(zip(files, sizes, strict=True)), os.pwritev)
+
+
+def _in_pieces(files: list[tuple[int, int]], move: Callable) -> None:
+    """Move pieces of all files in turn, from several threads; fsync and close."""
+    starts = range(0, max(size for _, size in files), DIRECT_CHUNK)
+    pieces = ((file, start, size) for start in starts for file, size in files if start < size)
+    lock = threading.Lock()
+
+    def work() -> None:
+        buffer = memoryview(mmap.mmap(-1, DIRECT_CHUNK))
+        while True:
+            with lock:
+                file, start, size = next(pieces, (None, 0, 0))
+            if file is None:
+                return
+            length = min(DIRECT_CHUNK, -(-(size - start) // mmap.PAGESIZE) * mmap.PAGESIZE)
+            move(file, [buffer[:length]], start)
+
+    with ThreadPoolExecutor(DIRECT_THREADS) as pool:
+        for done in [pool.submit(work) for _ in range(DIRECT_THREADS)]:
+            done.result()
+    for file, _ in files:
+        os.fsync(file)
+        os.close(file)
 
 
 def merge_here(arguments: argparse.Namespace) -> None:
@@ -251,12 +298,13 @@ def compare_with_floor(folder: Path, arguments: argparse.Namespace, group_bytes:
     limit = (len(MODELS) + 1) * group_bytes + 300e6
     for outputs in arguments.outputs:
         sizes = [inputs[0].stat().st_size] * outputs
-        floors, merges = {True: [], False: []}, {workers: [] for workers in arguments.workers}
+        floors = {way: [] for way in WAYS}
+        merges = {workers: [] for workers in arguments.workers}
         for _ in range(arguments.repeats):
-            for flush, seconds in floors.items():
+            for way, seconds in floors.items():
                 make_cold(inputs, arguments.drop_caches)
-                seconds.append(measure_floor(inputs, folder, sizes, flush))
-                print(f"  K = {outputs}, floor: {seconds[-1]:.2f} s", file=sys.stderr)
+                seconds.append(measure_floor(inputs, folder, sizes, way))
+                print(f"  K = {outputs}, {way} floor: {seconds[-1]:.2f} s", file=sys.stderr)
             for workers, found in merges.items():
                 make_cold(inputs, arguments.drop_caches)
                 found.append(measure_merge(folder, outputs, workers, arguments.granularity))
@@ -264,17 +312,25 @@ def compare_with_floor(folder: Path, arguments: argparse.Namespace, group_bytes:
                 for path in folder.glob("out_*"):
                     path.unlink()
             print(f"  load average {os.getloadavg()[0]:.1f}", file=sys.stderr)
-        best = min(floors.values(), key=statistics.median)
-        floor, moved = statistics.median(best), (3 + outputs) * sizes[0]
-        print(f"K = {outputs}: floor {floor:.2f} s ({moved / floor / 1e9:.2f} GB/s), all {best}")
+        moved = (3 + outputs) * sizes[0]
+        for way, seconds in floors.items():
+            middle = statistics.median(seconds)
+            print(
+                f"K = {outputs}: {way} floor {middle:.2f} s ({moved / middle / 1e9:.2f} GB/s), all "
+                f"{[round(s, 2) for s in seconds]}"
+            )
         for workers, found in merges.items():
             seconds = [one["seconds"] for one in found]
-            ratio = statistics.median(s / f for s, f in zip(seconds, best, strict=True))
+            ratios = {
+                way: statistics.median(s / f for s, f in zip(seconds, floor, strict=True))
+                for way, floor in floors.items()
+            }
             cpu = statistics.median(one["cpu"] for one in found)
             peak = max(one["peak"] for one in found)
+            of_ways = ", ".join(f"{ratio:.2f} x {way}" for way, ratio in ratios.items())
             print(
-                f"  {workers} workers: {statistics.median(seconds):.2f} s, {ratio:.2f} x floor "
-                f"(paired), cpu {cpu:.1f} s, peak {peak / 1e6:.0f} MB (imports "
+                f"  {workers} workers: {statistics.median(seconds):.2f} s, {of_ways} (paired "
+                f"medians), cpu {cpu:.1f} s, peak {peak / 1e6:.0f} MB (imports "
                 f"{found[0]['imports'] / 1e6:.0f} MB; limit {limit / 1e6:.0f} MB), all "
                 f"{[round(s, 2) for s in seconds]}"
             )

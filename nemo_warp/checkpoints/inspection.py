@@ -20,11 +20,18 @@ import torch
 
 from nemo_warp.checkpoints.checkpoint import PROVENANCE, Checkpoint
 from nemo_warp.checkpoints.crc import crc32
+from nemo_warp.checkpoints.direct import pages
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.logical import LogicalTensor
 from nemo_warp.checkpoints.names import depth_of, group_of, group_order
 from nemo_warp.checkpoints.parts import Part
-from nemo_warp.checkpoints.reading import FileCache, check_records, check_replicas, read_slab
+from nemo_warp.checkpoints.reading import (
+    FileCache,
+    check_records,
+    check_replicas,
+    read_slab,
+    slab_room,
+)
 from nemo_warp.checkpoints.slabs import slabs_of
 from nemo_warp.checkpoints.vocabulary import true_rows, true_vocab_size
 
@@ -47,10 +54,13 @@ def read_tensor(files: FileCache, tensor: LogicalTensor) -> torch.Tensor:
     """
     data = np.empty((tensor.rows, tensor.row_bytes), dtype=np.uint8)
     parts: list[Part] = []
-    for slab in slabs_of(0, tensor.rows, tensor.cols):
-        rows = data[slab.first : slab.last]
-        parts += read_slab(files, tensor, slab, rows)
+    slabs = list(slabs_of(0, tensor.rows, tensor.cols))
+    room = pages(max(slab_room(tensor, slab) for slab in slabs))
+    for slab in slabs:
+        rows, read = read_slab(files, tensor, slab, room)
         check_replicas(files, tensor, slab, rows)
+        data[slab.first : slab.last] = rows
+        parts += read
     check_records(files, [tensor], parts)
     return torch.from_numpy(data).view(tensor.dtype)
 

@@ -15,21 +15,20 @@ from pathlib import Path
 import numpy as np
 
 from nemo_warp.checkpoints.crc import crc32
+from nemo_warp.checkpoints.direct import DirectFile, pages, room_for, scratch
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.logical import LogicalTensor, Patch, Record
 from nemo_warp.checkpoints.parts import Checksums, Part
 from nemo_warp.checkpoints.slabs import Slab
 
-PIECE = 1 << 20
-_READAHEAD = 1 << 17
-"""Bytes per request to read ahead; Linux cuts longer ones at the device's readahead size."""
+_PIECE = 1 << 20
 
 
 class FileCache:
-    """Open descriptors, one per file, shared by threads (reads are positional)."""
+    """Open files, shared by threads (reads are positional)."""
 
     def __init__(self) -> None:
-        self._descriptors: dict[Path, int] = {}
+        self._files: dict[Path, DirectFile] = {}
         self._lock = threading.Lock()
         self._whole: set[Record] = set()
 
@@ -37,37 +36,30 @@ class FileCache:
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
 
-    def descriptor(self, path: Path) -> int:
-        """The read-only descriptor of ``path``."""
-        with self._lock:
-            if path not in self._descriptors:
-                self._descriptors[path] = os.open(path, os.O_RDONLY)
-            return self._descriptors[path]
+    def read(self, record: Record, start: int, size: int, room: np.ndarray) -> np.ndarray:
+        """Read ``size`` bytes from byte ``start`` of the record on.
 
-    def read_into(self, record: Record, start: int, target: memoryview) -> None:
-        """Fill ``target`` from byte ``start`` of the record.
+        Args:
+            room: [`room_for` (size)] uint8 from `pages`.
+
+        Returns:
+            The part of ``room`` that holds them.
 
         Raises:
             CheckpointError: the file ends early.
         """
-        descriptor, offset, done = self.descriptor(record.path), record.offset + start, 0
-        while done < len(target):
-            count = os.preadv(descriptor, [target[done:]], offset + done)
-            if count == 0:
-                raise CheckpointError(f"{record.path} ends at {offset + done}; it was truncated")
-            done += count
-
-    def prefetch(self, records: Iterable[Record]) -> None:
-        """Ask the operating system to start reading ``records`` into the page cache."""
-        for record in records:
-            descriptor, end = self.descriptor(record.path), record.offset + record.size
-            for start in range(record.offset, end, _READAHEAD):
-                size = min(_READAHEAD, end - start)
-                os.posix_fadvise(descriptor, start, size, os.POSIX_FADV_WILLNEED)
+        with self._lock:
+            if record.path not in self._files:
+                self._files[record.path] = DirectFile(record.path, os.O_RDONLY)
+        offset = record.offset + start
+        found = self._files[record.path].read(room, size, offset)
+        if len(found) < size:
+            raise CheckpointError(f"{record.path} ends at {offset + len(found)}; it was truncated")
+        return found
 
     def check_whole(self, record: Record, name: str) -> None:
         """Check a record's CRC-32 in a read of its own, once.
@@ -79,57 +71,62 @@ class FileCache:
             if record.crc32 is None or record in self._whole:
                 return
             self._whole.add(record)
-        crc, piece = 0, memoryview(bytearray(PIECE))
-        for start in range(0, record.size, PIECE):
-            part = piece[: min(PIECE, record.size - start)]
-            self.read_into(record, start, part)
-            crc = crc32(part, crc)
+        crc, room = 0, scratch(room_for(_PIECE))
+        for start in range(0, record.size, _PIECE):
+            crc = crc32(self.read(record, start, min(_PIECE, record.size - start), room), crc)
         _check_crc(crc, record, name)
 
 
 def read_slab(
-    files: FileCache, tensor: LogicalTensor, slab: Slab, target: np.ndarray, checked: bool = True
-) -> list[Part]:
+    files: FileCache, tensor: LogicalTensor, slab: Slab, room: np.ndarray
+) -> tuple[np.ndarray, list[Part]]:
     """Read rows of a tensor.
 
     Args:
-        files: descriptors to read from.
+        files: to read from.
         tensor: what is read.
         slab: which of its rows.
-        target: [slab.rows, tensor.row_bytes] uint8, filled in logical order.
-        checked: take CRC-32s; not needed to read the same rows again.
+        room: [`slab_room`] uint8 from `pages`.
 
     Returns:
-        What was read, for `check_records`; nothing unless ``checked``.
+        The part of ``room`` that holds them in logical order, [slab.rows, tensor.row_bytes] uint8,
+        and what was read, for `check_records`.
 
     Raises:
         CheckpointError: a file ends early.
     """
-    parts = []
     for patch in tensor.patches:
-        first, last = max(slab.first, patch.row), min(slab.last, patch.row + patch.rows)
-        if first < last:
-            rows = target[first - slab.first : last - slab.first]
-            view, start = _read_rows(files, patch, first, rows, tensor.dtype.itemsize)
-            if checked:
-                file, offset = str(patch.record.path), patch.record.offset
-                parts.append(Part(file, offset, start, len(view), crc32(view)))
-    return parts
+        below = patch.row <= slab.first and slab.last <= patch.row + patch.rows
+        if below and patch.cols == tensor.cols:  # one piece of the file
+            found, part = _read_patch(files, tensor, patch, slab, room)
+            return found, [part]
+    rows = room[: slab.rows * tensor.row_bytes].reshape(slab.rows, -1)
+    parts, width = [], tensor.dtype.itemsize
+    for patch in tensor.patches:
+        some = Slab(max(slab.first, patch.row), min(slab.last, patch.row + patch.rows))
+        if some.first < some.last:
+            size = some.rows * patch.cols * width
+            found, part = _read_patch(files, tensor, patch, some, scratch(room_for(size)))
+            window = rows[some.first - slab.first : some.last - slab.first]
+            window[:, patch.col * width : (patch.col + patch.cols) * width] = found
+            parts.append(part)
+    return rows, parts
 
 
-def _read_rows(
-    files: FileCache, patch: Patch, first: int, rows: np.ndarray, width: int
-) -> tuple[memoryview, int]:
-    """Fill a patch's columns of ``rows``; returns the bytes as stored and their start."""
-    line = patch.cols * width
-    start = patch.start + (first - patch.row) * line
-    window = rows[:, patch.col * width : patch.col * width + line]
-    stored = window if window.flags.c_contiguous else np.empty(window.shape, dtype=np.uint8)
-    view = memoryview(stored.reshape(-1))
-    files.read_into(patch.record, start, view)
-    if stored is not window:
-        window[...] = stored
-    return view, start
+def slab_room(tensor: LogicalTensor, slab: Slab) -> int:
+    """Bytes of memory that `read_slab` wants; whole pages."""
+    return room_for(slab.rows * tensor.row_bytes)
+
+
+def _read_patch(
+    files: FileCache, tensor: LogicalTensor, patch: Patch, rows: Slab, room: np.ndarray
+) -> tuple[np.ndarray, Part]:
+    """[rows, bytes] of a patch as they are stored, somewhere in ``room``."""
+    line = patch.cols * tensor.dtype.itemsize
+    start = patch.start + (rows.first - patch.row) * line
+    stored = files.read(patch.record, start, rows.rows * line, room)
+    part = Part(str(patch.record.path), patch.record.offset, start, len(stored), crc32(stored))
+    return stored.reshape(rows.rows, line), part
 
 
 def check_records(
@@ -162,8 +159,8 @@ def check_replicas(files: FileCache, tensor: LogicalTensor, slab: Slab, rows: np
         CheckpointError: they differ; names both files.
     """
     for patches in tensor.replicas:
-        copy = np.empty_like(rows)
-        read_slab(files, replace(tensor, patches=patches), slab, copy, checked=False)
+        room = pages(slab_room(tensor, slab))
+        copy, _ = read_slab(files, replace(tensor, patches=patches), slab, room)
         if not np.array_equal(copy, rows):
             raise CheckpointError(
                 f"{patches[0].record.path}: its copy of {tensor.name} differs from the one in "

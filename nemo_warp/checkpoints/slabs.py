@@ -36,9 +36,13 @@ def rows_per_block(cols: int) -> int:
     return max(1, BLOCK // cols)
 
 
-def slabs_of(first: int, last: int, cols: int) -> Iterator[Slab]:
-    """Slabs of rows [first, last) of a tensor with rows of ``cols`` elements, in order."""
+def slabs_of(first: int, last: int, cols: int, elements: int | None = None) -> Iterator[Slab]:
+    """Slabs of rows [first, last) of a tensor with rows of ``cols`` elements, in order.
+
+    Args:
+        elements: per slab, about; `SLAB` by default.
+    """
     block = rows_per_block(cols)
-    step = max(1, SLAB // (block * cols)) * block
+    step = max(1, (elements or SLAB) // (block * cols)) * block
     for row in range(first, last, step):
         yield Slab(row, min(last, row + step))

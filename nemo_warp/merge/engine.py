@@ -1,9 +1,8 @@
-"""Two passes over a group: measure its angles, then write all outputs.
+"""Two passes over a group: read it and measure its angles, then write all outputs.
 
-A group (a layer) is read from disk once: the second pass finds it in the page cache, where the
-operating system puts the next group meanwhile. Both passes are spread over threads, slab by slab.
-They are started and finished separately, so that threads can go on to the next pass while the
-results of one are put together.
+A group (a layer) stays in memory between the passes, slab by slab, and each slab that is written
+makes room for one of the next group: while one group is written, the next is read. Both passes are
+spread over threads of their own, more of them than processors, since most wait for the disk.
 """
 
 from __future__ import annotations
@@ -19,17 +18,28 @@ from typing import Any
 import numpy as np
 import torch
 
+from nemo_warp.checkpoints.direct import ALIGNMENT
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.logical import LogicalTensor, Patch
 from nemo_warp.checkpoints.parts import Part, coalesce, joined_crc32
 from nemo_warp.checkpoints.reading import FileCache, check_records
 from nemo_warp.checkpoints.slabs import Slab, slabs_of
-from nemo_warp.merge.kernel import Kernel, Measured, rounding_noise
+from nemo_warp.merge.kernel import Inputs, Kernel, Measured, room_bytes, rounding_noise
+from nemo_warp.merge.memory import Memory
 from nemo_warp.merge.options import STOCHASTIC
 from nemo_warp.merge.output import Output
 from nemo_warp.merge.passes import Pass
 from nemo_warp.merge.plan import GroupPlan, MergePlan, TensorPlan
 from nemo_warp.merge.results import GroupResult, UnitResult, exact_sum
+
+WAITING_THREADS = 6
+"""Threads of each pass beside the workers, since most wait for the disk at any time."""
+
+READ_AHEAD = 0.15
+"""How much of a group is read before the one before leaves room for it, of one model's share."""
+
+OUTPUT_BYTES = 1 << 22
+"""Memory of a thread for merged rows of all outputs, about: the peak does not depend on K."""
 
 
 @dataclass
@@ -39,10 +49,12 @@ class GroupMeasure:
     Attributes:
         grams: unit -> [1 + M (+ 1), ...] Gram matrix of (theta_init, deltas).
         crcs: per input, tensor name -> CRC-32 of its true rows in logical order.
+        inputs: slab by slab; `Engine.merge` gives their memory back.
     """
 
     grams: dict[str, np.ndarray]
     crcs: list[dict[str, int]]
+    inputs: list[Inputs]
 
 
 class Engine:
@@ -57,21 +69,18 @@ class Engine:
     def __init__(self, plan: MergePlan, outputs: list[Output], progress: Callable[[int], Any]):
         self.plan, self.outputs, self.progress = plan, outputs, progress
         self._files = FileCache()
-        self._pool = ThreadPoolExecutor(plan.options.workers, "merge")
-        self._prefetcher = ThreadPoolExecutor(1, "prefetch")
+        threads = plan.options.workers + WAITING_THREADS
+        self._readers = ThreadPoolExecutor(threads, "measure")
+        self._writers = ThreadPoolExecutor(threads, "merge")
+        self._memory = Memory(_memory_limit(plan))
         self._threads = threading.local()
 
     def close(self) -> None:
         """Stop the threads and close the inputs."""
-        for pool in (self._prefetcher, self._pool):
+        self._memory.close()
+        for pool in (self._readers, self._writers):
             pool.shutdown(cancel_futures=True)
         self._files.__exit__()
-
-    def prefetch(self, group: GroupPlan) -> None:
-        """Have the operating system read the group while something else is computed."""
-        sources = (source for tensor in group.tensors for source in tensor.sources)
-        records = dict.fromkeys(patch.record for source in sources for patch in source.patches)
-        self._prefetcher.submit(self._files.prefetch, records)
 
     def measure(self, group: GroupPlan) -> Pass[GroupMeasure]:
         """Start to read and check the group in all inputs.
@@ -96,7 +105,7 @@ class Engine:
             check_records(self._files, sources, parts)
             return _group_measure(slabs, measured, len(self.plan.inputs))
 
-        return Pass(self._pool, tasks, finish)
+        return Pass(self._readers, tasks, finish)
 
     def merge(
         self, group: GroupPlan, measure: GroupMeasure, coefficients: dict[str, np.ndarray]
@@ -116,7 +125,10 @@ class Engine:
             for tensor in group.tensors
             for slab in slabs_of(tensor.true_rows, tensor.target.rows, tensor.target.cols)
         ]
-        tasks = [(self._merge, *place, coefficients[place[0].unit]) for place in slabs]
+        tasks = [
+            (self._merge, tensor, slab, inputs, coefficients[tensor.unit])
+            for (tensor, slab), inputs in zip(slabs, measure.inputs, strict=True)
+        ]
         tasks += [(self._copy_padding, *place) for place in padding]
 
         def finish(found: list) -> GroupResult:
@@ -132,10 +144,16 @@ class Engine:
             parts = [coalesce(chain.from_iterable(of_output)) for of_output in written]
             return GroupResult(group.name, units, parts, measure.crcs)
 
-        return Pass(self._pool, tasks, finish)
+        return Pass(self._writers, tasks, finish)
+
+    def forget(self, measure: GroupMeasure) -> None:
+        """Give back the memory of a group that will not be merged."""
+        for inputs in measure.inputs:
+            self._memory.give(inputs.buffer)
 
     def _measure(self, tensor: TensorPlan, slab: Slab) -> Measured:
-        measured = self._kernel.measure(tensor, slab)
+        buffer = self._memory.take(room_bytes(tensor, slab))
+        measured = self._kernel.measure(tensor, slab, buffer)
         if not np.isfinite(measured.grams).all():
             self._refuse_nonfinite(tensor, slab)
         self.progress(slab.rows * sum(source.row_bytes for source in tensor.sources))
@@ -155,32 +173,58 @@ class Engine:
         self.progress(slab.rows * source.row_bytes)
         return self._kernel.read(source, slab)[1]
 
-    def _merge(self, tensor: TensorPlan, slab: Slab, coefficients: np.ndarray):
-        noise = self._noise(tensor, slab)
-        merged = self._kernel.combine(tensor, slab, coefficients, noise)
-        if not np.isfinite(merged.projections).all():
-            raise ValueError(
-                f"{tensor.name}: merged values are too large for {tensor.target.dtype}; "
-                "use another --dtype or a smaller --eta"
+    def _merge(
+        self, tensor: TensorPlan, slab: Slab, inputs: Inputs, coefficients: np.ndarray
+    ) -> tuple[list[list[Part]], np.ndarray, np.ndarray]:
+        """Parts of each output, projections and changed elements; gives the memory back."""
+        target, count = tensor.target, len(self.outputs)
+        written: list[list[Part]] = [[] for _ in self.outputs]
+        projections, changed = np.zeros(count), np.zeros(count, np.int64)
+        elements = OUTPUT_BYTES // target.dtype.itemsize // count
+        for rows in slabs_of(slab.first, slab.last, target.cols, elements):
+            noise = self._noise(tensor, rows)
+            skip = self._skip(target, rows)
+            merged = self._kernel.combine(
+                tensor, rows, inputs, slab.first, coefficients, noise, skip
             )
-        return self._write(tensor, slab, merged.rows), merged.projections, merged.changed
+            if not np.isfinite(merged.projections).all():
+                raise ValueError(
+                    f"{tensor.name}: merged values are too large for {target.dtype}; "
+                    "use another --dtype or a smaller --eta"
+                )
+            projections += merged.projections
+            changed += merged.changed
+            new = self._write(tensor, rows, merged.values)
+            written = [old + parts for old, parts in zip(written, new, strict=True)]
+        self._memory.give(inputs.buffer)
+        return written, projections, changed
 
-    def _noise(self, tensor: TensorPlan, slab: Slab) -> np.ndarray | None:
-        """[K, length] random bits of a slab, or None where they are not wanted."""
+    def _skip(self, target: LogicalTensor, rows: Slab) -> int:
+        """Where in a page the rows go in the outputs, if elements do not lie across pages."""
+        for patch in target.patches:
+            if patch.row <= rows.first and rows.last <= patch.row + patch.rows:
+                line = patch.cols * target.dtype.itemsize
+                start = patch.start + (rows.first - patch.row) * line
+                skip = self.outputs[0].place(patch.record, start) % ALIGNMENT
+                return skip if skip % target.dtype.itemsize == 0 else 0
+        return 0
+
+    def _noise(self, tensor: TensorPlan, rows: Slab) -> np.ndarray | None:
+        """[K, length] random bits of some rows, or None where they are not wanted."""
         options, cols = self.plan.options, tensor.target.cols
         if options.rounding != STOCHASTIC:
             return None
-        place = slab.first * cols, slab.rows * cols
-        rows = [rounding_noise(options.seed, tensor.name, eta, *place) for eta in options.etas]
-        return np.stack(rows)
+        place = rows.first * cols, rows.rows * cols
+        bits = [rounding_noise(options.seed, tensor.name, eta, *place) for eta in options.etas]
+        return np.stack(bits)
 
     def _copy_padding(self, tensor: TensorPlan, slab: Slab) -> tuple[list[list[Part]]]:
         padding = self._kernel.read(tensor.sources[0], slab)[0].to(tensor.target.dtype)
-        rows = padding.view(torch.uint8).numpy()
+        rows = padding.view(torch.uint8).numpy().reshape(-1)
         return (self._write(tensor, slab, [rows] * len(self.outputs)),)
 
     def _write(self, tensor: TensorPlan, slab: Slab, merged: Iterable[np.ndarray]):
-        """Write the slab's rows [rows, bytes] to every output; returns the parts of each."""
+        """Write the slab's rows, [bytes] per output; returns the parts of each output."""
         target, parts = tensor.target, []
         patches = list(chain(target.patches, *target.replicas))
         width = target.dtype.itemsize
@@ -204,6 +248,12 @@ def _merged_slabs(group: GroupPlan) -> Iterable[tuple[TensorPlan, Slab]]:
             yield tensor, slab
 
 
+def _memory_limit(plan: MergePlan) -> int:
+    """Bytes for the largest group in all inputs and the beginning of the next."""
+    sizes = [sum(room_bytes(*place) for place in _merged_slabs(group)) for group in plan.groups]
+    return int(max(sizes) * (1 + READ_AHEAD / len(plan.inputs)))
+
+
 def _group_measure(
     slabs: list[tuple[TensorPlan, Slab]], measured: list[Measured], num_inputs: int
 ) -> GroupMeasure:
@@ -217,7 +267,8 @@ def _group_measure(
     for name, found in pieces.items():
         for known, of_input in zip(crcs, zip(*found, strict=True), strict=True):
             known[name] = joined_crc32(of_input)
-    return GroupMeasure({unit: exact_sum(found) for unit, found in grams.items()}, crcs)
+    summed = {unit: exact_sum(found) for unit, found in grams.items()}
+    return GroupMeasure(summed, crcs, [slab.inputs for slab in measured])
 
 
 def _write_patch(
@@ -227,6 +278,6 @@ def _write_patch(
     if first >= last:
         return None
     left, line = patch.col * width, patch.cols * width
-    window = rows[first - slab.first : last - slab.first, left : left + line]
-    data = memoryview(np.ascontiguousarray(window).reshape(-1))
+    window = rows.reshape(slab.rows, -1)[first - slab.first : last - slab.first, left : left + line]
+    data = np.ascontiguousarray(window).reshape(-1)
     return output.write(patch.record, patch.start + (first - patch.row) * line, data)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from nemo_warp.checkpoints.crc import crc32
+from nemo_warp.checkpoints.direct import pages, room_for
 from nemo_warp.checkpoints.logical import LogicalTensor
 from nemo_warp.checkpoints.parts import Part
-from nemo_warp.checkpoints.reading import FileCache, check_replicas, read_slab
+from nemo_warp.checkpoints.reading import FileCache, check_replicas, read_slab, slab_room
 from nemo_warp.checkpoints.slabs import Slab, rows_per_block
 from nemo_warp.merge import loops
 from nemo_warp.merge.plan import TensorPlan
@@ -23,17 +23,37 @@ _STORED = {
 }
 """How `loops` take the elements of each dtype."""
 
+_NOISE_PER_STEP = 16
+"""Random uint16 per step of Philox's counter: four words of 64 bits."""
+
+
+@dataclass
+class Inputs:
+    """A slab of all inputs in memory.
+
+    Attributes:
+        buffer: [`room_bytes`] uint8 that holds it.
+        elements: [N, ...] the buffer as stored elements of one dtype.
+        first: [N] int64, where the slab begins in each row.
+    """
+
+    buffer: np.ndarray
+    elements: np.ndarray
+    first: np.ndarray
+
 
 @dataclass
 class Measured:
-    """A slab's first reading.
+    """What the first reading of a slab finds.
 
     Attributes:
+        inputs: the slab.
         grams: [B, N, N] Gram matrices of (theta_init, delta_1 ..) over the slab's blocks.
         pieces: per input, CRC-32 of the slab's bytes in logical order, and how many they are.
         parts: per input, what was read.
     """
 
+    inputs: Inputs
     grams: np.ndarray
     pieces: list[tuple[int, int]]
     parts: list[list[Part]]
@@ -41,15 +61,17 @@ class Measured:
 
 @dataclass
 class Combined:
-    """A slab of all outputs.
+    """Merged rows of all outputs.
 
     Attributes:
-        rows: [K, rows, bytes] uint8, rounded; memory that the next slab reuses.
+        rows: which.
+        values: [K, rows, bytes] uint8, rounded; memory that the next ones reuse.
         projections: see `loops.combine`.
         changed: see `loops.combine`.
     """
 
-    rows: np.ndarray
+    rows: Slab
+    values: np.ndarray
     projections: np.ndarray
     changed: np.ndarray
 
@@ -58,92 +80,129 @@ class Kernel:
     """One thread's working memory, and the arithmetic that uses it.
 
     Args:
-        files: descriptors of the inputs, shared.
+        files: of the inputs, shared.
     """
 
     def __init__(self, files: FileCache):
         self._files = files
         self._memory: dict[str, np.ndarray] = {}
 
-    def measure(self, tensor: TensorPlan, slab: Slab) -> Measured:
-        """Read a slab for the first time.
+    def measure(self, tensor: TensorPlan, slab: Slab, buffer: np.ndarray) -> Measured:
+        """Read a slab.
+
+        Args:
+            tensor: the slab's.
+            slab: rows to read.
+            buffer: [`room_bytes`] uint8 from `pages`, to read into.
 
         Raises:
             CheckpointError: a file ends early, or copies of a tensor differ.
         """
-        inputs, parts, pieces = self._room(tensor, slab), [], []
-        for source, rows in zip(tensor.sources, inputs, strict=True):
-            read = read_slab(self._files, source, slab, rows)
+        dtype, count = _common_dtype(tensor), len(tensor.sources)
+        elements = buffer.view(_STORED[dtype]).reshape(count, -1)
+        first, parts, pieces = np.zeros(count, np.int64), [], []
+        for n, source in enumerate(tensor.sources):
+            here = source.dtype == dtype
+            size = slab_room(source, slab)
+            room = buffer.reshape(count, -1)[n] if here else self._take("narrow", size)
+            rows, read = read_slab(self._files, source, slab, room)
             check_replicas(self._files, source, slab, rows)
             parts.append(read)
             in_order = len(read) == 1  # the stored bytes are those of the slab
             pieces.append((read[0].crc32 if in_order else crc32(rows), rows.nbytes))
-        block, count = rows_per_block(tensor.target.cols), len(inputs)
+            if here:
+                first[n] = _settle(rows, room, dtype.itemsize) // dtype.itemsize
+            else:
+                values = torch.from_numpy(rows).view(source.dtype).flatten()
+                torch.from_numpy(elements[n, : len(values)]).copy_(values)
+        inputs = Inputs(buffer, elements, first)
+        return Measured(inputs, self._gram(tensor, slab, inputs), pieces, parts)
+
+    def _gram(self, tensor: TensorPlan, slab: Slab, inputs: Inputs) -> np.ndarray:
+        block, count = rows_per_block(tensor.target.cols), len(tensor.sources)
         grams = np.empty((-(-slab.rows // block), count, count))
-        tile = self._take("tile", (count, loops.TILE), np.float64)
-        loops.gram(self._stacked(tensor, inputs), block * tensor.target.cols, tile, grams)
-        return Measured(grams, pieces, parts)
+        tile = self._take("tile", count * loops.TILE * 8).view(np.float64)
+        cut = slab.rows * tensor.target.cols, block * tensor.target.cols
+        loops.gram(inputs.elements, inputs.first, *cut, tile.reshape(count, -1), grams)
+        return grams
 
     def combine(
-        self, tensor: TensorPlan, slab: Slab, coefficients: np.ndarray, noise: np.ndarray | None
+        self,
+        tensor: TensorPlan,
+        rows: Slab,
+        inputs: Inputs,
+        first: int,
+        coefficients: np.ndarray,
+        noise: np.ndarray | None,
+        skip: int,
     ) -> Combined:
-        """Read a slab again and merge it.
+        """Merge some rows.
 
         Args:
-            tensor: the slab's.
-            slab: rows to merge.
+            tensor: theirs.
+            rows: to merge.
+            inputs: a slab that has them.
+            first: row of the slab.
             coefficients: [K + 1, N] over the inputs; the last row is the merged task vector.
             noise: None, or [K, length] uint16 for stochastic rounding.
+            skip: address of the result modulo `ALIGNMENT`, a multiple of the element's size.
         """
-        rooms, count, dtype = self._room(tensor, slab), len(coefficients) - 1, tensor.target.dtype
-        for source, rows in zip(tensor.sources, rooms, strict=True):
-            read_slab(self._files, source, slab, rows, checked=False)
-        inputs = self._stacked(tensor, rooms)
-        out = self._take("out", (count, inputs.shape[1]), _STORED[dtype])
-        tile = self._take("tile", (len(rooms) + 2, loops.TILE), np.float64)
+        cols, dtype, count = tensor.target.cols, tensor.target.dtype, len(coefficients) - 1
+        length, width = rows.rows * cols, dtype.itemsize
+        line = room_for(length * width)
+        out = self._take("out", count * line).reshape(count, line)
+        tile = self._take("tile", (len(inputs.first) + 2) * loops.TILE * 8).view(np.float64)
         projections, changed = np.empty(count), np.empty(count, np.int64)
-        loops.combine(inputs, coefficients, noise, tile, out, projections, changed)
-        rows = out.view(np.uint8).reshape(count, slab.rows, -1)
-        return Combined(rows, projections, changed)
+        start = inputs.first + (rows.first - first) * cols
+        loops.combine(
+            *(inputs.elements, start, coefficients, noise, tile.reshape(-1, loops.TILE)),
+            *(out.view(_STORED[dtype]), skip // width, length, projections, changed),
+        )
+        return Combined(rows, out[:, skip : skip + length * width], projections, changed)
 
     def read(self, source: LogicalTensor, slab: Slab) -> tuple[torch.Tensor, list[Part]]:
         """[rows, cols] of one input as they are stored, and what was read."""
-        rows = self._take("inputs", (slab.rows, source.row_bytes), np.uint8)
-        parts = read_slab(self._files, source, slab, rows)
+        rows, parts = read_slab(self._files, source, slab, pages(slab_room(source, slab)))
         return torch.from_numpy(rows).view(source.dtype), parts
 
-    def _room(self, tensor: TensorPlan, slab: Slab) -> list[np.ndarray]:
-        """Per input, [rows, bytes] to read the slab into; equally far apart."""
-        lines = [source.row_bytes for source in tensor.sources]
-        whole = self._take("inputs", (len(lines), slab.rows * max(lines)), np.uint8)
-        return [
-            row[: slab.rows * line].reshape(slab.rows, line)
-            for row, line in zip(whole, lines, strict=True)
-        ]
+    def _take(self, name: str, size: int) -> np.ndarray:
+        """[size] uint8 from `pages`, uninitialised, valid until the next of this name is taken."""
+        if name not in self._memory or len(self._memory[name]) < size:
+            self._memory[name] = pages(size)
+        return self._memory[name][:size]
 
-    def _stacked(self, tensor: TensorPlan, rooms: list[np.ndarray]) -> np.ndarray:
-        """[N, length] elements of all inputs, in one dtype that holds them exactly."""
-        dtypes = [source.dtype for source in tensor.sources]
-        if len(set(dtypes)) == 1:
-            shape = (len(rooms), rooms[0].size)
-            return self._take("inputs", shape, np.uint8).view(_STORED[dtypes[0]])
-        wide = np.float64 if torch.float64 in dtypes else np.float32
-        inputs = self._take("wide", (len(rooms), rooms[0].size // dtypes[0].itemsize), wide)
-        for row, room, dtype in zip(inputs, rooms, dtypes, strict=True):
-            torch.from_numpy(row).copy_(torch.from_numpy(room).view(dtype).flatten())
-        return inputs
 
-    def _take(self, name: str, shape: tuple[int, ...], dtype) -> np.ndarray:
-        """Uninitialised memory, valid until the next of this name is taken."""
-        size = math.prod(shape) * np.dtype(dtype).itemsize
-        if name not in self._memory or self._memory[name].nbytes < size:
-            self._memory[name] = np.empty(size, np.uint8)
-        return self._memory[name][:size].view(dtype).reshape(shape)
+def room_bytes(tensor: TensorPlan, slab: Slab) -> int:
+    """Bytes that a slab of all inputs takes in memory, as elements of one dtype."""
+    size = slab.rows * tensor.target.cols * _common_dtype(tensor).itemsize
+    return len(tensor.sources) * room_for(size)
+
+
+def _common_dtype(tensor: TensorPlan) -> torch.dtype:
+    """One that holds the elements of all inputs exactly."""
+    dtypes = {source.dtype for source in tensor.sources}
+    if len(dtypes) == 1:
+        return dtypes.pop()
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def _settle(rows: np.ndarray, room: np.ndarray, width: int) -> int:
+    """Where ``rows`` begin in ``room``, moved to its start if elements lie across their places."""
+    skip = rows.ctypes.data - room.ctypes.data
+    if skip % width == 0:
+        return skip
+    room[: rows.nbytes] = rows.reshape(-1)
+    return 0
 
 
 def rounding_noise(seed: int, name: str, eta: float, start: int, length: int) -> np.ndarray:
-    """[length] uint16 random bits of one slab: a function of the seed and the slab's place."""
-    text = f"{seed}/{name}/{eta!r}/{start}".encode()
+    """[length] uint16 random bits for a tensor's elements from ``start`` on.
+
+    A function of the seed and each element's place alone.
+    """
+    text = f"{seed}/{name}/{eta!r}".encode()
     key = int.from_bytes(hashlib.sha256(text).digest()[:16], "little")
-    generator = np.random.Generator(np.random.Philox(key=key))
-    return generator.integers(0, 1 << 16, size=length, dtype=np.uint16)
+    skip = start % _NOISE_PER_STEP
+    steps = -(-(skip + length) // _NOISE_PER_STEP)
+    words = np.random.Philox(key=key).advance(start // _NOISE_PER_STEP).random_raw(4 * steps)
+    return words.view(np.uint16)[skip : skip + length]

@@ -81,26 +81,30 @@ def _rounded_by_type(value, like):
 
 
 @_compiled
-def gram(inputs, block, tile, out):
+def gram(inputs, first, length, block, tile, out):
     """Gram matrices of (theta_init, delta_1 ..) over the blocks of a slab.
 
     Args:
-        inputs: [N, length] stored elements of (theta_init, theta_1 ..).
+        inputs: [N, ...] stored elements of (theta_init, theta_1 ..).
+        first: [N] int64, where the slab begins in each row.
+        length: elements of the slab.
         block: elements per block; the last may be shorter.
         tile: [N, TILE] float64 working memory.
         out: [ceil(length / block), N, N] float64 result.
     """
-    num_inputs, length = inputs.shape
+    num_inputs = len(first)
     out[:] = 0.0
-    for first in range(0, length, block):
-        last, sums = min(first + block, length), out[first // block]
-        for start in range(first, last, TILE):
-            stop = min(start + TILE, last)
-            _widen(inputs[0, start:stop], tile[0])
+    for begin in range(0, length, block):
+        end, sums = min(begin + block, length), out[begin // block]
+        for start in range(begin, end, TILE):
+            stop = min(start + TILE, end)
             for a in range(num_inputs):
+                stored = inputs[a, first[a] + start : first[a] + stop]
                 row = tile[a, : stop - start]
-                if a:
-                    _widen_difference(inputs[a, start:stop], tile[0], row)
+                if a == 0:
+                    _widen(stored, row)
+                else:
+                    _widen_difference(stored, tile[0], row)
                 for b in range(a + 1):
                     sums[a, b] += _inner_product(row, tile[b])
         for a in range(num_inputs):
@@ -109,31 +113,33 @@ def gram(inputs, block, tile, out):
 
 
 @_compiled
-def combine(inputs, coefficients, noise, tile, out, projections, changed):
-    """Merged values of a slab for all outputs, rounded, and what rounding did to them.
+def combine(inputs, first, coefficients, noise, tile, out, place, length, projections, changed):
+    """Merged values for all outputs, rounded, and what rounding did to them.
 
     Args:
-        inputs: [N, length] stored elements of (theta_init, theta_1 ..).
+        inputs: [N, ...] stored elements of (theta_init, theta_1 ..).
+        first: [N] int64, which of each row to begin with.
         coefficients: [K + 1, N] float64; the last row is the merged task vector.
         noise: None to round to nearest, or [K, length] uint16 to round bfloat16 at random.
         tile: [N + 2, TILE] float64 working memory.
-        out: [K, length] stored elements, the result.
+        out: [K, ...] stored elements, the result.
+        place: which of each row of ``out`` to begin with.
+        length: how many elements.
         projections: [K] float64 result, inner products of the rounded values with the merged
             task vector; not finite if a value was too large for ``out``.
         changed: [K] int64 result, numbers of elements that differ from theta_init.
     """
-    num_inputs, length = inputs.shape
-    num_outputs = out.shape[0]
+    num_inputs, num_outputs = len(first), len(projections)
     projections[:], changed[:] = 0.0, 0
     for start in range(0, length, TILE):
         stop = min(start + TILE, length)
         for n in range(num_inputs):
-            _widen(inputs[n, start:stop], tile[n])
+            _widen(inputs[n, first[n] + start : first[n] + stop], tile[n])
         task_vector = tile[num_inputs, : stop - start]
         values = tile[num_inputs + 1, : stop - start]
         _weigh(tile, coefficients[num_outputs], task_vector)
         for k in range(num_outputs):
-            target = out[k, start:stop]
+            target = out[k, place + start : place + stop]
             _weigh(tile, coefficients[k], values)
             if noise is None:
                 _round(values, target)

@@ -36,7 +36,7 @@ class MergeOptions:
         source: ``weights``, or fp32 ``masters`` from training checkpoints where there are any.
         vocab_size: true rows of the embedding; None reads it from the configuration or tokenizer.
         allow_similar: accept policies whose task vectors have a cosine above 0.99.
-        workers: threads per process; the result does not depend on it.
+        workers: processors to use per process; the result does not depend on it.
         report: directory for report.json, table and pictures; None writes none.
         verify: None, ``sample`` or ``full``.
         overwrite: replace existing outputs.

@@ -13,9 +13,12 @@ import shutil
 import tarfile
 from pathlib import Path
 
+import numpy as np
+
 from nemo_warp.checkpoints.archive import read_record
 from nemo_warp.checkpoints.checkpoint import PROVENANCE
 from nemo_warp.checkpoints.crc import crc32
+from nemo_warp.checkpoints.direct import DirectFile, reserve
 from nemo_warp.checkpoints.image import CheckpointImage, FileImage
 from nemo_warp.checkpoints.logical import Record
 from nemo_warp.checkpoints.parts import Checksums, Part
@@ -43,7 +46,7 @@ class Output:
         self._bases: dict[str, int] = {}
         self._headers: list[tuple[int, bytes]] = []
         self._tar_end = self._lay_out_tar() if self.is_tar else 0
-        self._descriptors: dict[str, int] = {}
+        self._opened: dict[str, DirectFile] = {}
 
     def _lay_out_tar(self) -> int:
         cursor = 0
@@ -58,13 +61,13 @@ class Output:
         """Make the files at their final size and write everything that is not merged."""
         self.content.parent.mkdir(parents=True, exist_ok=True)
         for file in self.image.files:
-            descriptor = self._descriptor(file.name)
+            opened = self._file(file.name)
             if not self.is_tar:
-                os.ftruncate(descriptor, file.size)
+                _set_size(opened.descriptor, file.size)
         if self.is_tar:
             for offset, header in self._headers:
-                os.pwrite(self._tar, header, offset)
-            os.ftruncate(self._tar, self._tar_end)
+                self._tar.write(np.frombuffer(header, np.uint8), offset)
+            _set_size(self._tar.descriptor, self._tar_end)
 
     def write_fixed(self) -> dict[tuple[str, int], int]:
         """Write headers and copied bytes; returns (file, offset) -> CRC-32 of each."""
@@ -90,11 +93,15 @@ class Output:
             crc = crc32(data, crc)
         return crc
 
-    def write(self, record: Record, start: int, data: memoryview) -> Part:
+    def write(self, record: Record, start: int, data: np.ndarray) -> Part:
         """Write bytes of a merged tensor at ``start`` in one of the image's holes."""
         name = str(record.path)
         self._pwrite(name, data, record.offset + start)
         return Part(name, record.offset, start, len(data), crc32(data))
+
+    def place(self, record: Record, start: int) -> int:
+        """Offset in the file on disk of a byte of a merged tensor."""
+        return self._bases.get(str(record.path), 0) + record.offset + start
 
     def missing_bytes(self) -> int:
         """Bytes of disk space the output still needs."""
@@ -108,8 +115,8 @@ class Output:
 
     def sync(self) -> None:
         """Make everything written so far durable."""
-        for descriptor in set(self._descriptors.values()):
-            os.fdatasync(descriptor)
+        for file in self._opened.values():
+            os.fdatasync(file.descriptor)
 
     def seal(self, parts: list[Part], provenance: bytes) -> None:
         """Write everything that is not merged and make the output durable and complete.
@@ -157,9 +164,9 @@ class Output:
     def _append_to_tar(self, provenance: bytes) -> None:
         header = _tar_header(PROVENANCE, len(provenance))
         end = self._tar_end + len(header) + len(provenance)
-        os.pwrite(self._tar, header + provenance, self._tar_end)
+        self._tar.write(np.frombuffer(header + provenance, np.uint8), self._tar_end)
         end += -end % tarfile.BLOCKSIZE + 2 * tarfile.BLOCKSIZE
-        os.ftruncate(self._tar, end + -end % _TAR_RECORD)
+        os.ftruncate(self._tar.descriptor, end + -end % _TAR_RECORD)
 
     def publish(self) -> None:
         """Give the sealed output its final name in one step; what had the name moves here."""
@@ -171,9 +178,9 @@ class Output:
 
     def close(self) -> None:
         """Close all files."""
-        for descriptor in set(self._descriptors.values()):
-            os.close(descriptor)
-        self._descriptors.clear()
+        for file in self._opened.values():
+            file.close()
+        self._opened.clear()
 
     def clear(self) -> None:
         """Remove what another merge left in the hidden folder."""
@@ -186,26 +193,28 @@ class Output:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     @property
-    def _tar(self) -> int:
-        return self._descriptor("")
+    def _tar(self) -> DirectFile:
+        return self._file("")
 
-    def _descriptor(self, name: str) -> int:
+    def _file(self, name: str) -> DirectFile:
         key = "" if self.is_tar else name
-        if key not in self._descriptors:
+        if key not in self._opened:
             path = self.content if self.is_tar else self.content / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._descriptors[key] = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        return self._descriptors[key]
+            self._opened[key] = DirectFile(path, os.O_RDWR | os.O_CREAT)
+        return self._opened[key]
 
     def _pread(self, name: str, size: int, offset: int) -> bytes:
-        return os.pread(self._descriptor(name), size, offset + self._bases.get(name, 0))
+        return os.pread(self._file(name).descriptor, size, offset + self._bases.get(name, 0))
 
-    def _pwrite(self, name: str, data: bytes | memoryview, offset: int) -> None:
-        descriptor, offset = self._descriptor(name), offset + self._bases.get(name, 0)
-        view = memoryview(data)
-        while view:
-            written = os.pwrite(descriptor, view, offset)
-            view, offset = view[written:], offset + written
+    def _pwrite(self, name: str, data: bytes | np.ndarray, offset: int) -> None:
+        self._file(name).write(np.frombuffer(data, np.uint8), offset + self._bases.get(name, 0))
+
+
+def _set_size(descriptor: int, size: int) -> None:
+    os.ftruncate(descriptor, size)
+    if size:
+        reserve(descriptor, size)
 
 
 def check_space(outputs: list[Output]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from nemo_warp.merge.decisions import refuse_similar, unit_coefficients
 from nemo_warp.merge.engine import Engine
 from nemo_warp.merge.journal import Journal
 from nemo_warp.merge.output import Output, check_space
-from nemo_warp.merge.passes import Pass
 from nemo_warp.merge.plan import GroupPlan, MergePlan
 from nemo_warp.merge.provenance import provenance_bytes
 from nemo_warp.merge.ranks import Meeting, World
@@ -85,7 +83,7 @@ class Run:
 
     def _merge_each(self, engine: Engine, groups: list[GroupPlan], model_gram):
         """Results of the groups, in order; each is measured while the one before is written."""
-        measuring = self._measure_each(engine, groups)
+        measuring = map(engine.measure, groups)
         started = next(measuring, None)
         for group in groups:
             measure = started.result()
@@ -96,21 +94,16 @@ class Run:
             started = next(measuring, None)
             yield merging.result()
 
-    def _measure_each(self, engine: Engine, groups: Sequence[GroupPlan]) -> Iterator[Pass]:
-        """Started passes, the group after each on its way into the page cache."""
-        for group in groups[:1]:
-            engine.prefetch(group)
-        for index, group in enumerate(groups):
-            for following in groups[index + 1 : index + 2]:
-                engine.prefetch(following)
-            yield engine.measure(group)
-
     def _model_gram(self, engine: Engine) -> np.ndarray | None:
         """Granularity ``model``: one Gram matrix over everything, in a pass of its own."""
         if self.options.granularity != "model":
             return None
-        measuring = self._measure_each(engine, self.plan.groups)
-        return exact_sum([started.result().grams["model"] for started in measuring])
+        grams = []
+        for group in self.plan.groups:
+            measure = engine.measure(group).result()
+            engine.forget(measure)
+            grams.append(measure.grams["model"])
+        return exact_sum(grams)
 
     def _flush(self, result: GroupResult) -> None:
         for output in self.outputs:

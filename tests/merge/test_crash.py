@@ -13,6 +13,7 @@ import pytest
 from synthetic_checkpoints import tiny_weights, write_nemo, write_torch_dist
 
 from nemo_warp import exit_codes
+from nemo_warp.checkpoints.direct import reserve
 from nemo_warp.merge import cli, merge
 from nemo_warp.merge.output import Output
 from nemo_warp.records import code_version
@@ -206,6 +207,12 @@ def _run_tool(models: Path, output: Path) -> int:
     inputs = [f"{models}/{name}.nemo" for name in ("init", "a", "b")]
     arguments = ["--init", inputs[0], "--policies", *inputs[1:], "--output", str(output)]
     return cli.main(arguments)
+
+
+def test_reserving_tells_a_full_disk_beforehand(small_disk):
+    full = pytest.raises(OSError, match="No space left on device")
+    with (small_disk / "file").open("wb") as stream, full:
+        reserve(stream.fileno(), 1 << 20)
 
 
 def test_disk_that_is_too_small(models, small_disk, capfd):

@@ -254,7 +254,7 @@ def test_verify_notices_a_changed_output(tmp_path, models, monkeypatch):
 
     def careless(self, *place):
         merged = honest(self, *place)
-        merged.rows[0, 0, 0] ^= 64
+        merged.values[0, 0] ^= 64
         return merged
 
     monkeypatch.setattr(Kernel, "combine", careless)

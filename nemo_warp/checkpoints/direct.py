@@ -1,0 +1,171 @@
+"""Positional reads and writes of large pieces past the page cache (O_DIRECT).
+
+A merge moves every byte once, so keeping it in the page cache helps nobody and costs more processor
+time than the arithmetic does: pages are found, copied, zeroed and thrown out again. Where the file
+system has no direct access, and for small pieces and unaligned edges, the page cache is used; Linux
+keeps the two views of a file the same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+ALIGNMENT = 4096
+"""Direct access wants addresses, offsets and lengths in multiples of a sector: 4096 serves all."""
+
+_PIECE = 1 << 20
+_MIN_BYTES = 1 << 16
+_threads = threading.local()
+
+
+class DirectFile:
+    """A file opened twice, with and without the page cache; threads may share it.
+
+    Args:
+        path: of the file.
+        flags: for `os.open`.
+    """
+
+    def __init__(self, path: Path, flags: int):
+        self.path = path
+        self.descriptor = os.open(path, flags, 0o666)
+        self._direct = _open_direct(path, flags)
+
+    def close(self) -> None:
+        """Close both descriptors."""
+        for descriptor in (self.descriptor, self._direct):
+            if descriptor is not None:
+                os.close(descriptor)
+
+    def read(self, room: np.ndarray, size: int, offset: int) -> np.ndarray:
+        """Read ``size`` bytes from byte ``offset`` on.
+
+        Args:
+            room: [`room_for` (size)] uint8, best from `pages`, to read into.
+
+        Returns:
+            The part of ``room`` that holds them; shorter only at the end of the file.
+        """
+        skip = offset % ALIGNMENT
+        view, done = room[skip : skip + size], 0
+        if self._direct is not None and size >= _MIN_BYTES and _address(room) % ALIGNMENT == 0:
+            with _fallback():
+                done = os.preadv(self._direct, [room[: _up(skip + size)]], offset - skip) - skip
+        done = min(max(done, 0), size)
+        while done < size:  # direct access cannot read the last sector of a file
+            count = os.preadv(self.descriptor, [view[done:]], offset + done)
+            if count == 0:
+                break
+            done += count
+        return view[:done]
+
+    def write(self, data: np.ndarray, offset: int) -> None:
+        """Write all of ``data`` [n] uint8 at ``offset``.
+
+        It is written from where it is if its address and the offset are equal modulo `ALIGNMENT`;
+        otherwise it is copied on the way.
+
+        Raises:
+            OSError: as from `os.pwrite`.
+        """
+        first = -offset % ALIGNMENT
+        last = max(first, _down(offset + len(data)) - offset)
+        if self._direct is None or last - first < _MIN_BYTES:
+            _write_all(self.descriptor, data, offset)
+            return
+        done = first
+        with _fallback():
+            while done < last:
+                piece = _on_pages(data[done:last])
+                count = os.pwrite(self._direct, piece, offset + done)
+                done += count
+                if count % ALIGNMENT:
+                    break
+        _write_all(self.descriptor, data[:first], offset)
+        _write_all(self.descriptor, data[done:], offset + done)
+
+
+def reserve(descriptor: int, size: int) -> None:
+    """Have the file system set ``size`` bytes aside for an open file, where it can (fallocate).
+
+    The file stays in one piece, threads may write it at once, and a full disk is told beforehand.
+
+    Raises:
+        OSError: no space.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.fallocate(descriptor, 0, ctypes.c_long(0), ctypes.c_long(size)) != 0:
+        code = ctypes.get_errno()
+        if code in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(code, os.strerror(code))
+
+
+def pages(size: int) -> np.ndarray:
+    """[size] uint8 of fresh memory that begins at a page."""
+    memory = mmap.mmap(-1, max(size, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(memory, np.uint8, size)
+
+
+def scratch(size: int) -> np.ndarray:
+    """[size] uint8 of this thread's memory that begins at a page; the next call takes it again."""
+    if not hasattr(_threads, "scratch") or len(_threads.scratch) < size:
+        _threads.scratch = pages(size)
+    return _threads.scratch[:size]
+
+
+def room_for(size: int) -> int:
+    """Bytes of memory for reading ``size`` bytes from anywhere; whole pages."""
+    return _up(size) + ALIGNMENT
+
+
+@contextmanager
+def _fallback() -> Iterator[None]:
+    """Go on without direct access where there is none, or other multiples than ours are wanted."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+
+
+def _open_direct(path: Path, flags: int) -> int | None:
+    with _fallback():
+        return os.open(path, (flags & ~(os.O_CREAT | os.O_EXCL)) | os.O_DIRECT)
+    return None
+
+
+def _on_pages(data: np.ndarray) -> np.ndarray:
+    """``data`` itself if it begins at a page, or else a copy of its first `_PIECE` bytes."""
+    if _address(data) % ALIGNMENT == 0:
+        return data
+    piece = scratch(min(_PIECE, len(data)))
+    piece[:] = data[: len(piece)]
+    return piece
+
+
+def _address(data: np.ndarray) -> int:
+    return data.__array_interface__["data"][0]
+
+
+def _write_all(descriptor: int, data: np.ndarray, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def _down(size: int) -> int:
+    return size // ALIGNMENT * ALIGNMENT
+
+
+def _up(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT

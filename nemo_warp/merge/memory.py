@@ -1,0 +1,67 @@
+"""A bounded amount of memory that threads take and give back."""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from collections import defaultdict
+
+import numpy as np
+
+from nemo_warp.checkpoints.direct import pages
+
+
+class Memory:
+    """Buffers that never add up to more than a limit; whoever asks for more waits.
+
+    Buffers are kept for the next one who wants their size: layers look alike, and fresh memory
+    costs as much time as reading into it.
+
+    Args:
+        limit: bytes; no single buffer may be larger.
+    """
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self._allocated = 0
+        self._free: dict[int, list[np.ndarray]] = defaultdict(list)
+        self._changed = threading.Condition()
+        self._closed = False
+
+    def take(self, size: int) -> np.ndarray:
+        """[size] uint8 that begins at a page, uninitialised; to be given back.
+
+        Raises:
+            RuntimeError: the memory was closed.
+        """
+        with self._changed:
+            while not self._closed:
+                if self._free[size]:
+                    return self._free[size].pop()
+                self._drop_others(self._allocated + size - self.limit)
+                if self._allocated + size <= self.limit:
+                    self._allocated += size
+                    return pages(size)
+                self._changed.wait()
+        raise RuntimeError("the merge was stopped")
+
+    def give(self, buffer: np.ndarray) -> None:
+        """Return a buffer."""
+        with self._changed:
+            self._free[len(buffer)].append(buffer)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Nobody waits any longer."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _drop_others(self, size: int) -> None:
+        """Free up to ``size`` bytes of buffers that nobody holds."""
+        for free in self._free.values():
+            while free and size > 0:
+                buffer = free.pop()
+                buffer.base.obj.madvise(mmap.MADV_DONTNEED)  # at once, whoever still knows of it
+                self._allocated -= len(buffer)
+                size -= len(buffer)
