@@ -22,7 +22,7 @@ import numpy as np
 ALIGNMENT = 4096
 """Direct access wants addresses, offsets and lengths in multiples of a sector: 4096 serves all."""
 
-_PIECE = 1 << 20
+_PIECE = 1 << 19
 _MIN_BYTES = 1 << 16
 _threads = threading.local()
 

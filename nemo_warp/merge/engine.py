@@ -32,10 +32,13 @@ from nemo_warp.merge.passes import Pass
 from nemo_warp.merge.plan import GroupPlan, MergePlan, TensorPlan
 from nemo_warp.merge.results import GroupResult, UnitResult, exact_sum
 
-WAITING_THREADS = 6
+WAITING_THREADS = 4
 """Threads of each pass beside the workers, since most wait for the disk at any time."""
 
-READ_AHEAD = 0.15
+WRITING_THREADS = 24
+"""Threads that do nothing but write: a disk is as fast as it has requests to choose from."""
+
+READ_AHEAD = 0.05
 """How much of a group is read before the one before leaves room for it, of one model's share."""
 
 OUTPUT_BYTES = 1 << 22
@@ -71,14 +74,15 @@ class Engine:
         self._files = FileCache()
         threads = plan.options.workers + WAITING_THREADS
         self._readers = ThreadPoolExecutor(threads, "measure")
-        self._writers = ThreadPoolExecutor(threads, "merge")
+        self._mergers = ThreadPoolExecutor(threads, "merge")
+        self._writers = ThreadPoolExecutor(WRITING_THREADS, "write")
         self._memory = Memory(_memory_limit(plan))
         self._threads = threading.local()
 
     def close(self) -> None:
         """Stop the threads and close the inputs."""
         self._memory.close()
-        for pool in (self._readers, self._writers):
+        for pool in (self._readers, self._mergers, self._writers):
             pool.shutdown(cancel_futures=True)
         self._files.__exit__()
 
@@ -144,7 +148,7 @@ class Engine:
             parts = [coalesce(chain.from_iterable(of_output)) for of_output in written]
             return GroupResult(group.name, units, parts, measure.crcs)
 
-        return Pass(self._writers, tasks, finish)
+        return Pass(self._mergers, tasks, finish)
 
     def forget(self, measure: GroupMeasure) -> None:
         """Give back the memory of a group that will not be merged."""
@@ -223,16 +227,20 @@ class Engine:
         rows = padding.view(torch.uint8).numpy().reshape(-1)
         return (self._write(tensor, slab, [rows] * len(self.outputs)),)
 
-    def _write(self, tensor: TensorPlan, slab: Slab, merged: Iterable[np.ndarray]):
+    def _write(
+        self, tensor: TensorPlan, slab: Slab, merged: Iterable[np.ndarray]
+    ) -> list[list[Part]]:
         """Write the slab's rows, [bytes] per output; returns the parts of each output."""
-        target, parts = tensor.target, []
+        target = tensor.target
         patches = list(chain(target.patches, *target.replicas))
-        width = target.dtype.itemsize
-        for output, rows in zip(self.outputs, merged, strict=True):
+
+        def write(output: Output, rows: np.ndarray) -> list[Part]:
+            width = target.dtype.itemsize
             written = [_write_patch(output, patch, slab, rows, width) for patch in patches]
-            parts.append([part for part in written if part is not None])
             self.progress(rows.nbytes)
-        return parts
+            return [part for part in written if part is not None]
+
+        return list(self._writers.map(write, self.outputs, merged))
 
     @property
     def _kernel(self) -> Kernel:

@@ -16,11 +16,12 @@ from ranks import run_ranks
 from synthetic_checkpoints import read_torch_dist, tiny_weights, write_nemo, write_torch_dist
 
 from nemo_warp import exit_codes
-from nemo_warp.checkpoints import slabs
+from nemo_warp.checkpoints import direct, slabs
 from nemo_warp.checkpoints.checkpoint import open_checkpoint
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.inspection import diff, hash_weights
-from nemo_warp.merge import cli, merge
+from nemo_warp.merge import cli, engine, merge
+from nemo_warp.merge.kernel import rounding_noise
 from nemo_warp.records import code_version
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -107,11 +108,34 @@ def test_an_input_that_changes_on_the_way_is_refused(tmp_path, models, monkeypat
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_slab_size_changes_nothing(tmp_path, models, monkeypatch):
-    run(models, tmp_path / "usual" / "{eta}.nemo")
-    monkeypatch.setattr(slabs, "SLAB", 1 << 14)
-    run(models, tmp_path / "small" / "{eta}.nemo")
-    assert contents(tmp_path / "usual") == contents(tmp_path / "small")
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize(
+    ("where", "name", "value"),
+    [
+        (slabs, "SLAB", 1 << 14),
+        (engine, "OUTPUT_BYTES", 1 << 14),
+        (direct, "_MIN_BYTES", 1),  # all past the page cache
+        (direct, "_MIN_BYTES", 1 << 40),  # all through it
+    ],
+)
+def test_how_bytes_are_moved_changes_nothing(
+    tmp_path, models, monkeypatch, rounding, where, name, value
+):
+    run(models, tmp_path / "usual" / "{eta}.nemo", rounding=rounding)
+    monkeypatch.setattr(where, name, value)
+    run(models, tmp_path / "other" / "{eta}.nemo", rounding=rounding)
+    assert contents(tmp_path / "usual") == contents(tmp_path / "other")
+
+
+def test_random_bits_belong_to_an_elements_place():
+    whole = rounding_noise(3, "w", 0.3, 0, 100_000)
+    for start, length in [(0, 1), (1, 50), (15, 17), (16, 16), (4097, 95_903)]:
+        part = rounding_noise(3, "w", 0.3, start, length)
+        assert np.array_equal(part, whole[start : start + length])
+    assert abs(whole.mean() - 32_767.5) < 5 * 18_918 / 100_000**0.5
+    others = [(4, "w", 0.3), (3, "v", 0.3), (3, "w", 0.5)]
+    for other in (rounding_noise(*key, 0, 100_000) for key in others):
+        assert (other == whole).mean() < 1e-3
 
 
 def test_slabs_depend_on_the_shape_alone_and_cover_it():
