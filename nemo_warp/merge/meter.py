@@ -21,7 +21,7 @@ class Meter:
 
     The floor is the time that reading the inputs and writing and fsyncing the outputs takes, one
     after the other, at rates measured on a four-hundredth of the bytes: of the init at the start
-    (through the page cache, as the merge finds it), and into the output folder at the end.
+    (through the page cache), and into the output folder at the end.
 
     Args:
         plan: says how many bytes have to move.
