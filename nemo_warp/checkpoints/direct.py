@@ -36,7 +36,6 @@ class DirectFile:
     """
 
     def __init__(self, path: Path, flags: int):
-        self.path = path
         self.descriptor = os.open(path, flags, 0o666)
         self._direct = _open_direct(path, flags)
 

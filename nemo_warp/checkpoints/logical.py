@@ -40,6 +40,10 @@ class Patch:
     record: Record
     start: int
 
+    def start_of(self, row: int, itemsize: int) -> int:
+        """Where a row of the tensor begins in the record, in bytes."""
+        return self.start + (row - self.row) * self.cols * itemsize
+
 
 @dataclass(frozen=True)
 class LogicalTensor:

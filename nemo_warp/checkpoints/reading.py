@@ -123,7 +123,7 @@ def _read_patch(
 ) -> tuple[np.ndarray, Part]:
     """[rows, bytes] of a patch as they are stored, somewhere in ``room``."""
     line = patch.cols * tensor.dtype.itemsize
-    start = patch.start + (rows.first - patch.row) * line
+    start = patch.start_of(rows.first, tensor.dtype.itemsize)
     stored = files.read(patch.record, start, rows.rows * line, room)
     part = Part(str(patch.record.path), patch.record.offset, start, len(stored), crc32(stored))
     return stored.reshape(rows.rows, line), part

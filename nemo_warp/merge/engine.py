@@ -207,8 +207,7 @@ class Engine:
         """Where in a page the rows go in the outputs, if elements do not lie across pages."""
         for patch in target.patches:
             if patch.row <= rows.first and rows.last <= patch.row + patch.rows:
-                line = patch.cols * target.dtype.itemsize
-                start = patch.start + (rows.first - patch.row) * line
+                start = patch.start_of(rows.first, target.dtype.itemsize)
                 skip = self.outputs[0].place(patch.record, start) % ALIGNMENT
                 return skip if skip % target.dtype.itemsize == 0 else 0
         return 0
@@ -288,4 +287,4 @@ def _write_patch(
     left, line = patch.col * width, patch.cols * width
     window = rows.reshape(slab.rows, -1)[first - slab.first : last - slab.first, left : left + line]
     data = np.ascontiguousarray(window).reshape(-1)
-    return output.write(patch.record, patch.start + (first - patch.row) * line, data)
+    return output.write(patch.record, patch.start_of(first, width), data)

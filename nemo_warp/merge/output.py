@@ -115,7 +115,7 @@ class Output:
 
     def sync(self) -> None:
         """Make everything written so far durable."""
-        for file in self._opened.values():
+        for file in list(self._opened.values()):  # threads may be opening more
             os.fdatasync(file.descriptor)
 
     def seal(self, parts: list[Part], provenance: bytes) -> None:
@@ -213,8 +213,7 @@ class Output:
 
 def _set_size(descriptor: int, size: int) -> None:
     os.ftruncate(descriptor, size)
-    if size:
-        reserve(descriptor, size)
+    reserve(descriptor, size)
 
 
 def check_space(outputs: list[Output]) -> None:
