@@ -188,9 +188,7 @@ class Engine:
         for rows in slabs_of(slab.first, slab.last, target.cols, elements):
             noise = self._noise(tensor, rows)
             skip = self._skip(target, rows)
-            merged = self._kernel.combine(
-                tensor, rows, inputs, slab.first, coefficients, noise, skip
-            )
+            merged = self._kernel.combine(tensor, rows, inputs, coefficients, noise, skip)
             if not np.isfinite(merged.projections).all():
                 raise ValueError(
                     f"{tensor.name}: merged values are too large for {target.dtype}; "

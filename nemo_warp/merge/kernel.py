@@ -32,11 +32,13 @@ class Inputs:
     """A slab of all inputs in memory.
 
     Attributes:
+        slab: which.
         buffer: [`room_bytes`] uint8 that holds it.
         elements: [N, ...] the buffer as stored elements of one dtype.
         first: [N] int64, where the slab begins in each row.
     """
 
+    slab: Slab
     buffer: np.ndarray
     elements: np.ndarray
     first: np.ndarray
@@ -64,13 +66,11 @@ class Combined:
     """Merged rows of all outputs.
 
     Attributes:
-        rows: which.
-        values: [K, rows, bytes] uint8, rounded; memory that the next ones reuse.
+        values: [K, bytes] uint8, rounded; memory that the next ones reuse.
         projections: see `loops.combine`.
         changed: see `loops.combine`.
     """
 
-    rows: Slab
     values: np.ndarray
     projections: np.ndarray
     changed: np.ndarray
@@ -115,14 +115,14 @@ class Kernel:
             else:
                 values = torch.from_numpy(rows).view(source.dtype).flatten()
                 torch.from_numpy(elements[n, : len(values)]).copy_(values)
-        inputs = Inputs(buffer, elements, first)
-        return Measured(inputs, self._gram(tensor, slab, inputs), pieces, parts)
+        inputs = Inputs(slab, buffer, elements, first)
+        return Measured(inputs, self._gram(tensor, inputs), pieces, parts)
 
-    def _gram(self, tensor: TensorPlan, slab: Slab, inputs: Inputs) -> np.ndarray:
+    def _gram(self, tensor: TensorPlan, inputs: Inputs) -> np.ndarray:
         block, count = rows_per_block(tensor.target.cols), len(tensor.sources)
-        grams = np.empty((-(-slab.rows // block), count, count))
+        grams = np.empty((-(-inputs.slab.rows // block), count, count))
         tile = self._take("tile", count * loops.TILE * 8).view(np.float64)
-        cut = slab.rows * tensor.target.cols, block * tensor.target.cols
+        cut = inputs.slab.rows * tensor.target.cols, block * tensor.target.cols
         loops.gram(inputs.elements, inputs.first, *cut, tile.reshape(count, -1), grams)
         return grams
 
@@ -131,7 +131,6 @@ class Kernel:
         tensor: TensorPlan,
         rows: Slab,
         inputs: Inputs,
-        first: int,
         coefficients: np.ndarray,
         noise: np.ndarray | None,
         skip: int,
@@ -142,7 +141,6 @@ class Kernel:
             tensor: theirs.
             rows: to merge.
             inputs: a slab that has them.
-            first: row of the slab.
             coefficients: [K + 1, N] over the inputs; the last row is the merged task vector.
             noise: None, or [K, length] uint16 for stochastic rounding.
             skip: address of the result modulo `ALIGNMENT`, a multiple of the element's size.
@@ -153,12 +151,12 @@ class Kernel:
         out = self._take("out", count * line).reshape(count, line)
         tile = self._take("tile", (len(inputs.first) + 2) * loops.TILE * 8).view(np.float64)
         projections, changed = np.empty(count), np.empty(count, np.int64)
-        start = inputs.first + (rows.first - first) * cols
+        start = inputs.first + (rows.first - inputs.slab.first) * cols
         loops.combine(
             *(inputs.elements, start, coefficients, noise, tile.reshape(-1, loops.TILE)),
             *(out.view(_STORED[dtype]), skip // width, length, projections, changed),
         )
-        return Combined(rows, out[:, skip : skip + length * width], projections, changed)
+        return Combined(out[:, skip : skip + length * width], projections, changed)
 
     def read(self, source: LogicalTensor, slab: Slab) -> tuple[torch.Tensor, list[Part]]:
         """[rows, cols] of one input as they are stored, and what was read."""
