@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from nemo_warp.merge import loops
 from nemo_warp.merge.execute import execute
 from nemo_warp.merge.meter import Meter, summary
 from nemo_warp.merge.options import MergeOptions, outputs_of
@@ -68,6 +70,8 @@ def merge(
         report=None if report is None else Path(report),
         **options,
     )
+    if not dry_run:
+        threading.Thread(target=loops.load).start()  # while the disk looks for the inputs' headers
     plan = make_plan(chosen, open_inputs(chosen))
     _log_plan(plan)
     world = world_from_environment()

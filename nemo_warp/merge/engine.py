@@ -1,8 +1,7 @@
 """Two passes over a group: read it and measure its angles, then write all outputs.
 
-A group (a layer) stays in memory between the passes, slab by slab, and each slab that is written
-makes room for one of the next group: while one group is written, the next is read. Both passes are
-spread over threads of their own, more of them than processors, since most wait for the disk.
+A group (a layer) stays in memory between the passes, slab by slab, and each slab that is merged
+makes room for one of the next group: while one group is merged and written, the next is read.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -18,9 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from nemo_warp.checkpoints.direct import ALIGNMENT
 from nemo_warp.checkpoints.errors import CheckpointError
-from nemo_warp.checkpoints.logical import LogicalTensor, Patch
+from nemo_warp.checkpoints.logical import LogicalTensor
 from nemo_warp.checkpoints.parts import Part, coalesce, joined_crc32
 from nemo_warp.checkpoints.reading import FileCache, check_records
 from nemo_warp.checkpoints.slabs import Slab, slabs_of
@@ -31,18 +29,13 @@ from nemo_warp.merge.output import Output
 from nemo_warp.merge.passes import Pass
 from nemo_warp.merge.plan import GroupPlan, MergePlan, TensorPlan
 from nemo_warp.merge.results import GroupResult, UnitResult, exact_sum
+from nemo_warp.merge.writer import Piece, Writer
 
 WAITING_THREADS = 4
-"""Threads of each pass beside the workers, since most wait for the disk at any time."""
-
-WRITING_THREADS = 24
-"""Threads that do nothing but write: a disk is as fast as it has requests to choose from."""
+"""Threads that read beside the workers, since most wait for the disk at any time."""
 
 READ_AHEAD = 0.05
 """How much of a group is read before the one before leaves room for it, of one model's share."""
-
-OUTPUT_BYTES = 1 << 22
-"""Memory of a thread for merged rows of all outputs, about: the peak does not depend on K."""
 
 
 @dataclass
@@ -72,17 +65,18 @@ class Engine:
     def __init__(self, plan: MergePlan, outputs: list[Output], progress: Callable[[int], Any]):
         self.plan, self.outputs, self.progress = plan, outputs, progress
         self._files = FileCache()
-        threads = plan.options.workers + WAITING_THREADS
-        self._readers = ThreadPoolExecutor(threads, "measure")
-        self._mergers = ThreadPoolExecutor(threads, "merge")
-        self._writers = ThreadPoolExecutor(WRITING_THREADS, "write")
+        workers = plan.options.workers
+        self._readers = ThreadPoolExecutor(workers + WAITING_THREADS, "measure")
+        self._mergers = ThreadPoolExecutor(workers, "merge")
+        self._writer = Writer(outputs, workers, progress)
         self._memory = Memory(_memory_limit(plan))
         self._threads = threading.local()
 
     def close(self) -> None:
         """Stop the threads and close the inputs."""
         self._memory.close()
-        for pool in (self._readers, self._mergers, self._writers):
+        self._writer.close()
+        for pool in (self._readers, self._mergers):
             pool.shutdown(cancel_futures=True)
         self._files.__exit__()
 
@@ -98,7 +92,7 @@ class Engine:
             for source in tensor.sources
             for slab in slabs_of(tensor.true_rows, source.rows, source.cols)
         ]
-        tasks = [(self._measure, *place) for place in slabs]
+        tasks = [(self._measure, self._memory.ticket(), *place) for place in slabs]
         tasks += [(self._read_padding, *place) for place in padding]
 
         def finish(found: list) -> GroupMeasure:
@@ -114,7 +108,9 @@ class Engine:
     def merge(
         self, group: GroupPlan, measure: GroupMeasure, coefficients: dict[str, np.ndarray]
     ) -> Pass[GroupResult]:
-        """Start to write the group to all outputs.
+        """Start to merge the group and to write it to all outputs.
+
+        The pass waits until all is merged; its result, until all is written.
 
         Args:
             group: measured before.
@@ -144,8 +140,11 @@ class Engine:
                     units[unit].add(share)
                 else:
                     units[unit] = share
-            written = zip(*(parts for parts, *_ in found), strict=True)
-            parts = [coalesce(chain.from_iterable(of_output)) for of_output in written]
+            pieces = chain.from_iterable(started for started, *_ in found)
+            parts = [
+                coalesce(part for piece in of_output for part in piece.result())
+                for of_output in zip(*pieces, strict=True)
+            ]
             return GroupResult(group.name, units, parts, measure.crcs)
 
         return Pass(self._mergers, tasks, finish)
@@ -155,8 +154,8 @@ class Engine:
         for inputs in measure.inputs:
             self._memory.give(inputs.buffer)
 
-    def _measure(self, tensor: TensorPlan, slab: Slab) -> Measured:
-        buffer = self._memory.take(room_bytes(tensor, slab))
+    def _measure(self, ticket: int, tensor: TensorPlan, slab: Slab) -> Measured:
+        buffer = self._memory.take(ticket, room_bytes(tensor, slab))
         measured = self._kernel.measure(tensor, slab, buffer)
         if not np.isfinite(measured.grams).all():
             self._refuse_nonfinite(tensor, slab)
@@ -179,65 +178,43 @@ class Engine:
 
     def _merge(
         self, tensor: TensorPlan, slab: Slab, inputs: Inputs, coefficients: np.ndarray
-    ) -> tuple[list[list[Part]], np.ndarray, np.ndarray]:
-        """Parts of each output, projections and changed elements; gives the memory back."""
-        target, count = tensor.target, len(self.outputs)
-        written: list[list[Part]] = [[] for _ in self.outputs]
+    ) -> tuple[list[list[Future]], np.ndarray, np.ndarray]:
+        """What `Writer.write` started, piece by piece, projections and changed elements."""
+        count = len(self.outputs)
         projections, changed = np.zeros(count), np.zeros(count, np.int64)
-        elements = OUTPUT_BYTES // target.dtype.itemsize // count
-        for rows in slabs_of(slab.first, slab.last, target.cols, elements):
-            noise = self._noise(tensor, rows)
-            skip = self._skip(target, rows)
-            merged = self._kernel.combine(tensor, rows, inputs, coefficients, noise, skip)
+        started = []
+        for piece in self._writer.pieces(tensor.target, slab):
+            noise, room = self._noise(tensor.name, piece), self._writer.room(tensor.target, piece)
+            merged = self._kernel.combine(tensor, piece, inputs, coefficients, noise, room)
             if not np.isfinite(merged.projections).all():
                 raise ValueError(
-                    f"{tensor.name}: merged values are too large for {target.dtype}; "
+                    f"{tensor.name}: merged values are too large for {tensor.target.dtype}; "
                     "use another --dtype or a smaller --eta"
                 )
             projections += merged.projections
             changed += merged.changed
-            new = self._write(tensor, rows, merged.values)
-            written = [old + parts for old, parts in zip(written, new, strict=True)]
+            started.append(self._writer.write(tensor.target, piece, merged.values, room))
         self._memory.give(inputs.buffer)
-        return written, projections, changed
+        return started, projections, changed
 
-    def _skip(self, target: LogicalTensor, rows: Slab) -> int:
-        """Where in a page the rows go in the outputs, if elements do not lie across pages."""
-        for patch in target.patches:
-            if patch.row <= rows.first and rows.last <= patch.row + patch.rows:
-                start = patch.start_of(rows.first, target.dtype.itemsize)
-                skip = self.outputs[0].place(patch.record, start) % ALIGNMENT
-                return skip if skip % target.dtype.itemsize == 0 else 0
-        return 0
-
-    def _noise(self, tensor: TensorPlan, rows: Slab) -> np.ndarray | None:
-        """[K, length] random bits of some rows, or None where they are not wanted."""
-        options, cols = self.plan.options, tensor.target.cols
+    def _noise(self, name: str, piece: Piece) -> np.ndarray | None:
+        """[K, length] random bits of a piece, or None where they are not wanted."""
+        options, place = self.plan.options, (piece.start, piece.length)
         if options.rounding != STOCHASTIC:
             return None
-        place = rows.first * cols, rows.rows * cols
-        bits = [rounding_noise(options.seed, tensor.name, eta, *place) for eta in options.etas]
-        return np.stack(bits)
+        return np.stack([rounding_noise(options.seed, name, eta, *place) for eta in options.etas])
 
-    def _copy_padding(self, tensor: TensorPlan, slab: Slab) -> tuple[list[list[Part]]]:
-        padding = self._kernel.read(tensor.sources[0], slab)[0].to(tensor.target.dtype)
-        rows = padding.view(torch.uint8).numpy().reshape(-1)
-        return (self._write(tensor, slab, [rows] * len(self.outputs)),)
-
-    def _write(
-        self, tensor: TensorPlan, slab: Slab, merged: Iterable[np.ndarray]
-    ) -> list[list[Part]]:
-        """Write the slab's rows, [bytes] per output; returns the parts of each output."""
-        target = tensor.target
-        patches = list(chain(target.patches, *target.replicas))
-
-        def write(output: Output, rows: np.ndarray) -> list[Part]:
-            width = target.dtype.itemsize
-            written = [_write_patch(output, patch, slab, rows, width) for patch in patches]
-            self.progress(rows.nbytes)
-            return [part for part in written if part is not None]
-
-        return list(self._writers.map(write, self.outputs, merged))
+    def _copy_padding(self, tensor: TensorPlan, slab: Slab) -> tuple[list[list[Future]]]:
+        target, started = tensor.target, []
+        padding = self._kernel.read(tensor.sources[0], slab)[0].to(target.dtype)
+        stored, width = padding.view(torch.uint8).numpy().reshape(-1), target.dtype.itemsize
+        for piece in self._writer.pieces(target, slab):
+            room = self._writer.room(target, piece)
+            values = room.reshape(len(self.outputs), -1)[:, : piece.length * width]
+            first = (piece.start - slab.first * target.cols) * width
+            values[:] = stored[first : first + piece.length * width]
+            started.append(self._writer.write(target, piece, values, room))
+        return (started,)
 
     @property
     def _kernel(self) -> Kernel:
@@ -274,15 +251,3 @@ def _group_measure(
             known[name] = joined_crc32(of_input)
     summed = {unit: exact_sum(found) for unit, found in grams.items()}
     return GroupMeasure(summed, crcs, [slab.inputs for slab in measured])
-
-
-def _write_patch(
-    output: Output, patch: Patch, slab: Slab, rows: np.ndarray, width: int
-) -> Part | None:
-    first, last = max(slab.first, patch.row), min(slab.last, patch.row + patch.rows)
-    if first >= last:
-        return None
-    left, line = patch.col * width, patch.cols * width
-    window = rows.reshape(slab.rows, -1)[first - slab.first : last - slab.first, left : left + line]
-    data = np.ascontiguousarray(window).reshape(-1)
-    return output.write(patch.record, patch.start_of(first, width), data)

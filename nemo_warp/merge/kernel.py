@@ -16,6 +16,7 @@ from nemo_warp.checkpoints.reading import FileCache, check_replicas, read_slab, 
 from nemo_warp.checkpoints.slabs import Slab, rows_per_block
 from nemo_warp.merge import loops
 from nemo_warp.merge.plan import TensorPlan
+from nemo_warp.merge.writer import Piece
 
 _STORED = {
     **{torch.bfloat16: np.uint16, torch.float16: np.int16},
@@ -63,10 +64,10 @@ class Measured:
 
 @dataclass
 class Combined:
-    """Merged rows of all outputs.
+    """A merged piece of all outputs.
 
     Attributes:
-        values: [K, bytes] uint8, rounded; memory that the next ones reuse.
+        values: [K, bytes] uint8, rounded.
         projections: see `loops.combine`.
         changed: see `loops.combine`.
     """
@@ -129,34 +130,34 @@ class Kernel:
     def combine(
         self,
         tensor: TensorPlan,
-        rows: Slab,
+        piece: Piece,
         inputs: Inputs,
         coefficients: np.ndarray,
         noise: np.ndarray | None,
-        skip: int,
+        room: np.ndarray,
     ) -> Combined:
-        """Merge some rows.
+        """Merge a piece.
 
         Args:
-            tensor: theirs.
-            rows: to merge.
-            inputs: a slab that has them.
+            tensor: its tensor.
+            piece: what to merge, and where in a page the result goes.
+            inputs: a slab that has it.
             coefficients: [K + 1, N] over the inputs; the last row is the merged task vector.
             noise: None, or [K, length] uint16 for stochastic rounding.
-            skip: address of the result modulo `ALIGNMENT`, a multiple of the element's size.
+            room: [K * n] uint8 for the result.
         """
-        cols, dtype, count = tensor.target.cols, tensor.target.dtype, len(coefficients) - 1
-        length, width = rows.rows * cols, dtype.itemsize
-        line = room_for(length * width)
-        out = self._take("out", count * line).reshape(count, line)
+        dtype, count, length = tensor.target.dtype, len(coefficients) - 1, piece.length
+        out = room.reshape(count, -1)
         tile = self._take("tile", (len(inputs.first) + 2) * loops.TILE * 8).view(np.float64)
         projections, changed = np.empty(count), np.empty(count, np.int64)
-        start = inputs.first + (rows.first - inputs.slab.first) * cols
+        start = inputs.first + (piece.start - inputs.slab.first * tensor.target.cols)
+        place = piece.skip // dtype.itemsize
         loops.combine(
             *(inputs.elements, start, coefficients, noise, tile.reshape(-1, loops.TILE)),
-            *(out.view(_STORED[dtype]), skip // width, length, projections, changed),
+            *(out.view(_STORED[dtype]), place, length, projections, changed),
         )
-        return Combined(out[:, skip : skip + length * width], projections, changed)
+        end = piece.skip + length * dtype.itemsize
+        return Combined(out[:, piece.skip : end], projections, changed)
 
     def read(self, source: LogicalTensor, slab: Slab) -> tuple[torch.Tensor, list[Part]]:
         """[rows, cols] of one input as they are stored, and what was read."""

@@ -21,6 +21,12 @@ TILE = 1024
 """Elements per tile."""
 
 
+def load() -> None:
+    """Have numba load all it needs, about a second of work, before the first slab waits for it."""
+    tile, grams = np.empty((1, TILE)), np.empty((1, 1, 1))
+    gram(np.zeros((1, 1), np.uint16), np.zeros(1, np.int64), 1, 1, tile, grams)
+
+
 def _compiled(function: Callable | None = None, **options) -> Callable:
     """Decorator: njit without the GIL, the machine code kept on disk where there is a place."""
     if function is None:

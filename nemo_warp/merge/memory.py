@@ -1,4 +1,4 @@
-"""A bounded amount of memory that threads take and give back."""
+"""A bounded amount of memory that threads take in turn and give back."""
 
 from __future__ import annotations
 
@@ -14,21 +14,30 @@ from nemo_warp.checkpoints.direct import pages
 class Memory:
     """Buffers that never add up to more than a limit; whoever asks for more waits.
 
+    Whoever has the earlier ticket is served first, so that later work never takes what earlier work
+    needs to come to its end.
+
     Buffers are kept for the next one who wants their size: layers look alike, and fresh memory
     costs as much time as reading into it.
 
     Args:
-        limit: bytes; no single buffer may be larger.
+        limit: bytes; a single buffer that is larger is served when no other is out.
     """
 
     def __init__(self, limit: int):
         self.limit = limit
-        self._allocated = 0
+        self._allocated, self._tickets, self._served = 0, 0, 0
         self._free: dict[int, list[np.ndarray]] = defaultdict(list)
         self._changed = threading.Condition()
         self._closed = False
 
-    def take(self, size: int) -> np.ndarray:
+    def ticket(self) -> int:
+        """A place in the queue; it must be used, or those behind it wait for ever."""
+        with self._changed:
+            self._tickets += 1
+            return self._tickets - 1
+
+    def take(self, ticket: int, size: int) -> np.ndarray:
         """[size] uint8 that begins at a page, uninitialised; to be given back.
 
         Raises:
@@ -36,12 +45,10 @@ class Memory:
         """
         with self._changed:
             while not self._closed:
-                if self._free[size]:
-                    return self._free[size].pop()
-                self._drop_others(self._allocated + size - self.limit)
-                if self._allocated + size <= self.limit:
-                    self._allocated += size
-                    return pages(size)
+                if ticket == self._served and (buffer := self._find(size)) is not None:
+                    self._served += 1
+                    self._changed.notify_all()
+                    return buffer
                 self._changed.wait()
         raise RuntimeError("the merge was stopped")
 
@@ -56,6 +63,15 @@ class Memory:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+
+    def _find(self, size: int) -> np.ndarray | None:
+        if self._free[size]:
+            return self._free[size].pop()
+        self._drop_others(self._allocated + size - self.limit)
+        if self._allocated > 0 and self._allocated + size > self.limit:
+            return None
+        self._allocated += size
+        return pages(size)
 
     def _drop_others(self, size: int) -> None:
         """Free up to ``size`` bytes of buffers that nobody holds."""

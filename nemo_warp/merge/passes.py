@@ -22,9 +22,13 @@ class Pass(Generic[T]):
         self._futures: list[Future] = [pool.submit(*task) for task in tasks]
         self._finish = finish
 
-    def result(self) -> T:
+    def wait(self) -> None:
         """Wait for all tasks; the first error ends the waiting and is raised."""
         done, _ = wait(self._futures, return_when=FIRST_EXCEPTION)
         for future in done:
             future.result()
+
+    def result(self) -> T:
+        """Wait for all tasks, and put their results together."""
+        self.wait()
         return self._finish([future.result() for future in self._futures])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,10 +14,14 @@ from nemo_warp.merge.decisions import refuse_similar, unit_coefficients
 from nemo_warp.merge.engine import Engine
 from nemo_warp.merge.journal import Journal
 from nemo_warp.merge.output import Output, check_space
+from nemo_warp.merge.passes import Pass
 from nemo_warp.merge.plan import GroupPlan, MergePlan
 from nemo_warp.merge.provenance import provenance_bytes
 from nemo_warp.merge.ranks import Meeting, World
 from nemo_warp.merge.results import GroupResult, MergeResult, exact_sum
+
+GROUPS_AHEAD = 2
+"""Groups whose reading is started before their turn: some, like a norm, are small."""
 
 
 class Run:
@@ -72,9 +78,9 @@ class Run:
         engine = Engine(self.plan, self.outputs, progress)
         try:
             with ThreadPoolExecutor(1, "flush") as flusher:
+                merging = self._merge_each(engine, groups, self._model_gram(engine))
                 flushes = [
-                    flusher.submit(self._flush, result)
-                    for result in self._merge_each(engine, groups, self._model_gram(engine))
+                    flusher.submit(self._flush, started.result()) for started in _ahead(merging, 1)
                 ]
                 _raise_first(flushes)
                 self.plan.check_unchanged()
@@ -82,25 +88,24 @@ class Run:
             engine.close()
 
     def _merge_each(self, engine: Engine, groups: list[GroupPlan], model_gram):
-        """Results of the groups, in order; each is measured while the one before is written."""
-        measuring = map(engine.measure, groups)
-        started = next(measuring, None)
-        for group in groups:
+        """Passes that merge the groups, in order, when all is merged and some is still written."""
+        measuring = _ahead(map(engine.measure, groups), GROUPS_AHEAD)
+        for group, started in zip(groups, measuring, strict=True):
             measure = started.result()
             if model_gram is not None:
                 measure.grams = {"model": model_gram}
             coefficients = {u: unit_coefficients(self.plan, u, g) for u, g in measure.grams.items()}
             merging = engine.merge(group, measure, coefficients)
-            started = next(measuring, None)
-            yield merging.result()
+            merging.wait()
+            yield merging
 
     def _model_gram(self, engine: Engine) -> np.ndarray | None:
         """Granularity ``model``: one Gram matrix over everything, in a pass of its own."""
         if self.options.granularity != "model":
             return None
         grams = []
-        for group in self.plan.groups:
-            measure = engine.measure(group).result()
+        for measuring in _ahead(map(engine.measure, self.plan.groups), GROUPS_AHEAD):
+            measure = measuring.result()
             engine.forget(measure)
             grams.append(measure.grams["model"])
         return exact_sum(grams)
@@ -162,6 +167,16 @@ class Run:
         for output in self.outputs:
             output.discard()
         self.meeting.close()
+
+
+def _ahead(passes: Iterator[Pass], count: int) -> Iterator[Pass]:
+    """Passes in order, each with ``count`` more started before it is waited for."""
+    started = deque()
+    for one in passes:
+        started.append(one)
+        if len(started) > count:
+            yield started.popleft()
+    yield from started
 
 
 def _raise_first(futures: list[Future]) -> None:

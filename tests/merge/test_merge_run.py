@@ -20,7 +20,7 @@ from nemo_warp.checkpoints import direct, slabs
 from nemo_warp.checkpoints.checkpoint import open_checkpoint
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.inspection import diff, hash_weights
-from nemo_warp.merge import cli, engine, merge
+from nemo_warp.merge import cli, merge, writer
 from nemo_warp.merge.kernel import rounding_noise
 from nemo_warp.records import code_version
 
@@ -113,7 +113,7 @@ def test_an_input_that_changes_on_the_way_is_refused(tmp_path, models, monkeypat
     ("where", "name", "value"),
     [
         (slabs, "SLAB", 1 << 14),
-        (engine, "OUTPUT_BYTES", 1 << 14),
+        (writer, "PIECE_BYTES", 1 << 14),
         (direct, "_MIN_BYTES", 1),  # all past the page cache
         (direct, "_MIN_BYTES", 1 << 40),  # all through it
     ],

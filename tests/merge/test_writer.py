@@ -1,0 +1,113 @@
+"""How merged tensors are cut into pieces and written to all outputs."""
+
+from __future__ import annotations
+
+import threading
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nemo_warp.checkpoints.direct import ALIGNMENT
+from nemo_warp.checkpoints.logical import LogicalTensor, Patch, Record
+from nemo_warp.checkpoints.slabs import Slab
+from nemo_warp.merge import writer
+from nemo_warp.merge.writer import Writer
+
+ROWS, COLS, WIDTH = 3000, 100, 2
+BASE, START = 640, 192
+"""Where the output has the record, and where in the record a tensor begins."""
+
+
+class Files:
+    """Outputs as arrays in memory; the disk itself is tested with `DirectFile`."""
+
+    def __init__(self, fails: bool = False):
+        self.content = np.zeros(BASE + START + ROWS * COLS * WIDTH, np.uint8)
+        self.fails, self.lock = fails, threading.Lock()
+
+    def place(self, record: Record, start: int) -> int:
+        return BASE + record.offset + start
+
+    def write(self, record: Record, start: int, data: np.ndarray) -> int:
+        if self.fails:
+            raise OSError("no space")
+        place = self.place(record, start)
+        with self.lock:
+            assert not self.content[place : place + len(data)].any()  # never twice
+            self.content[place : place + len(data)] = data
+        return len(data)
+
+
+def tensor(*columns: int) -> LogicalTensor:
+    """[ROWS, COLS] bfloat16, split at some columns."""
+    patches, start = [], START
+    for left, right in pairwise((0, *columns, COLS)):
+        record = Record(Path("w"), 0, ROWS * COLS * WIDTH)
+        patches.append(Patch(0, left, ROWS, right - left, record, start))
+        start += ROWS * (right - left) * WIDTH
+    return LogicalTensor("w", (ROWS, COLS), torch.bfloat16, tuple(patches))
+
+
+@pytest.fixture
+def open_writer(monkeypatch):
+    monkeypatch.setattr(writer, "PIECE_BYTES", 1 << 17)
+    opened = []
+
+    def make(*outputs: Files) -> Writer:
+        opened.append(Writer(list(outputs), 2, lambda size: None))
+        return opened[-1]
+
+    yield make
+    for one in opened:
+        one.close()
+
+
+@pytest.mark.parametrize("num_outputs", [1, 2, 6])
+def test_inner_cuts_fall_between_the_outputs_pages(open_writer, num_outputs):
+    pieces = list(open_writer(*[Files()] * num_outputs).pieces(tensor(), Slab(7, ROWS)))
+    assert (pieces[0].start, pieces[-1].stop) == (7 * COLS, ROWS * COLS)
+    assert all(one.stop == two.start for one, two in pairwise(pieces))
+    places = [BASE + START + piece.start * WIDTH for piece in pieces]
+    assert all(place % ALIGNMENT == 0 for place in places[1:])
+    assert [piece.skip for piece in pieces] == [place % ALIGNMENT for place in places]
+    assert max(piece.length for piece in pieces) * WIDTH * num_outputs <= 1 << 17
+
+
+def test_a_tensor_split_by_columns_is_cut_into_whole_rows(open_writer):
+    pieces = list(open_writer(Files()).pieces(tensor(30, 60), Slab(0, ROWS)))
+    assert len(pieces) > 2
+    assert all(piece.start % COLS == 0 and piece.stop % COLS == 0 for piece in pieces)
+
+
+@pytest.mark.parametrize("columns", [(), (30, 60)])
+def test_everything_arrives_where_it_belongs(open_writer, columns):
+    target, outputs = tensor(*columns), [Files(), Files()]
+    values = np.random.default_rng(0).integers(1, 255, (2, ROWS, COLS * WIDTH)).astype(np.uint8)
+    one, started = open_writer(*outputs), []
+    for piece in one.pieces(target, Slab(0, ROWS)):
+        room = one.room(target, piece)
+        bounds = slice(piece.start * WIDTH, piece.stop * WIDTH)
+        rows = room.reshape(2, -1)[:, piece.skip : piece.skip + piece.length * WIDTH]
+        rows[:] = values.reshape(2, -1)[:, bounds]
+        started += one.write(target, piece, rows, room)
+    assert sum(sum(future.result(timeout=60)) for future in started) == values.size
+    for output, expected in zip(outputs, values, strict=True):
+        for patch in target.patches:
+            size = patch.rows * patch.cols * WIDTH
+            found = output.content[BASE + patch.start :][:size].reshape(ROWS, -1)
+            left = patch.col * WIDTH
+            assert np.array_equal(found, expected[:, left : left + patch.cols * WIDTH])
+
+
+def test_memory_comes_back_from_writes_that_fail(open_writer):
+    target = tensor()
+    one = open_writer(Files(), Files(fails=True))
+    for piece in list(one.pieces(target, Slab(0, ROWS))) * 3:  # more than there is memory for
+        room = one.room(target, piece)
+        good, bad = one.write(target, piece, np.zeros((2, 10), np.uint8), room)
+        assert good.result(timeout=60)
+        with pytest.raises(OSError, match="no space"):
+            bad.result(timeout=60)
