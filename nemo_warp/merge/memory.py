@@ -28,12 +28,13 @@ class Memory:
         self.limit = limit
         self._allocated, self._tickets, self._served = 0, 0, 0
         self._free: dict[int, list[np.ndarray]] = defaultdict(list)
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._waiting: dict[int, threading.Condition] = {}
         self._closed = False
 
     def ticket(self) -> int:
         """A place in the queue; it must be used, or those behind it wait for ever."""
-        with self._changed:
+        with self._lock:
             self._tickets += 1
             return self._tickets - 1
 
@@ -43,26 +44,33 @@ class Memory:
         Raises:
             RuntimeError: the memory was closed.
         """
-        with self._changed:
+        with self._lock:
+            changed = self._waiting[ticket] = threading.Condition(self._lock)
             while not self._closed:
                 if ticket == self._served and (buffer := self._find(size)) is not None:
+                    del self._waiting[ticket]
                     self._served += 1
-                    self._changed.notify_all()
+                    self._wake_first()
                     return buffer
-                self._changed.wait()
+                changed.wait()
         raise RuntimeError("the merge was stopped")
 
     def give(self, buffer: np.ndarray) -> None:
         """Return a buffer."""
-        with self._changed:
+        with self._lock:
             self._free[len(buffer)].append(buffer)
-            self._changed.notify_all()
+            self._wake_first()
 
     def close(self) -> None:
         """Nobody waits any longer."""
-        with self._changed:
+        with self._lock:
             self._closed = True
-            self._changed.notify_all()
+            for changed in self._waiting.values():
+                changed.notify()
+
+    def _wake_first(self) -> None:
+        if self._served in self._waiting:
+            self._waiting[self._served].notify()
 
     def _find(self, size: int) -> np.ndarray | None:
         if self._free[size]:

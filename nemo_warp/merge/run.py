@@ -87,7 +87,9 @@ class Run:
         finally:
             engine.close()
 
-    def _merge_each(self, engine: Engine, groups: list[GroupPlan], model_gram):
+    def _merge_each(
+        self, engine: Engine, groups: list[GroupPlan], model_gram: np.ndarray | None
+    ) -> Iterator[Pass[GroupResult]]:
         """Passes that merge the groups, in order, when all is merged and some is still written."""
         measuring = _ahead(map(engine.measure, groups), GROUPS_AHEAD)
         for group, started in zip(groups, measuring, strict=True):
