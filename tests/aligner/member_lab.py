@@ -100,7 +100,7 @@ def given_rollouts(seed: int, prompts: int = 4, samples: int = 2) -> Any:
     return Rollouts(tokens, prompt_lengths, lengths, is_end, rewards, failed)
 
 
-def build_trainer(config: Any, anchor: str = "ema") -> Any:
+def build_trainer(config: Any) -> Any:
     """A trainer that is fed rollouts by hand: no prompts, rewards, evaluation or log."""
     from nemo_warp.aligner.anchor import EmaAnchor
     from nemo_warp.aligner.policy import build_policy

@@ -51,13 +51,8 @@ def test_a_rank_that_dies_ends_the_others() -> None:
 
 
 def test_signals_reach_every_rank(tmp_path: Path) -> None:
-    code = (
-        "import os, pathlib, signal, sys, time\n"
-        "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(85))\n"
-        f"pathlib.Path('{tmp_path}', os.environ['RANK']).touch()\n"
-        "time.sleep(60)"
-    )
-    process = start(code)
+    handle = "import signal, sys\nsignal.signal(signal.SIGUSR1, lambda *_: sys.exit(85))\n"
+    process = start(handle + _appear(tmp_path, 60))
     _wait_for(2, tmp_path)
     process.send_signal(signal.SIGUSR1)
     assert process.wait(30) == 85
@@ -65,12 +60,7 @@ def test_signals_reach_every_rank(tmp_path: Path) -> None:
 
 
 def test_a_signal_before_a_rank_listens_does_not_kill_it(tmp_path: Path) -> None:
-    code = (
-        "import os, pathlib, time\n"
-        f"pathlib.Path('{tmp_path}', os.environ['RANK']).touch()\n"
-        "time.sleep(3)"
-    )
-    process = start(code)
+    process = start(_appear(tmp_path, 3))
     _wait_for(2, tmp_path)
     process.send_signal(signal.SIGUSR1)
     assert process.wait(30) == 0
@@ -78,12 +68,7 @@ def test_a_signal_before_a_rank_listens_does_not_kill_it(tmp_path: Path) -> None
 
 
 def test_ranks_die_with_their_starter(tmp_path: Path) -> None:
-    code = (
-        "import os, pathlib, time\n"
-        f"pathlib.Path('{tmp_path}', str(os.getpid())).touch()\n"
-        "time.sleep(60)"
-    )
-    process = start(code)
+    process = start(_appear(tmp_path, 60))
     pids = _wait_for(2, tmp_path)
     process.kill()
     process.communicate()
@@ -91,6 +76,15 @@ def test_ranks_die_with_their_starter(tmp_path: Path) -> None:
     while any(_alive(pid) for pid in pids):
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def _appear(directory: Path, seconds: int) -> str:
+    """What a rank runs: leave a file with its process id, then sleep."""
+    return (
+        "import os, pathlib, time\n"
+        f"pathlib.Path('{directory}', str(os.getpid())).touch()\n"
+        f"time.sleep({seconds})"
+    )
 
 
 def _wait_for(number: int, directory: Path) -> list[str]:
