@@ -298,7 +298,7 @@ def compare_with_floor(folder: Path, arguments: argparse.Namespace, group_bytes:
     limit = (len(MODELS) + 1) * group_bytes + 300e6
     for outputs in arguments.outputs:
         sizes = [inputs[0].stat().st_size] * outputs
-        floors = {way: [] for way in WAYS}
+        floors = {way: [] for way in arguments.floors}
         merges = {workers: [] for workers in arguments.workers}
         for _ in range(arguments.repeats):
             for way, seconds in floors.items():
@@ -346,6 +346,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--gigabytes", type=float, default=2.0, help="per model (default: 2)")
     add("--outputs", type=int, nargs="+", default=[1, 6], help="numbers of etas (default: 1 6)")
     add("--workers", type=int, nargs="+", default=[1, 2], help="threads (default: 1 2)")
+    add("--floors", nargs="+", choices=WAYS, default=WAYS, help="ways to measure it (default: all)")
     add("--repeats", type=int, default=3, help="of every measurement (default: 3)")
     add("--granularity", default="layer", help="of the merge (default: layer)")
     add("--drop-caches", action="store_true", help="empty the whole page cache; needs root")
