@@ -34,9 +34,6 @@ from nemo_warp.merge.writer import Piece, Writer
 WAITING_THREADS = 4
 """Threads that read beside the workers, since most wait for the disk at any time."""
 
-READ_AHEAD = 0.05
-"""How much of a group is read before the one before leaves room for it, of one model's share."""
-
 
 @dataclass
 class GroupMeasure:
@@ -231,9 +228,8 @@ def _merged_slabs(group: GroupPlan) -> Iterable[tuple[TensorPlan, Slab]]:
 
 
 def _memory_limit(plan: MergePlan) -> int:
-    """Bytes for the largest group in all inputs and the beginning of the next."""
-    sizes = [sum(room_bytes(*place) for place in _merged_slabs(group)) for group in plan.groups]
-    return int(max(sizes) * (1 + READ_AHEAD / len(plan.inputs)))
+    """Bytes for the largest group in all inputs."""
+    return max(sum(room_bytes(*place) for place in _merged_slabs(group)) for group in plan.groups)
 
 
 def _group_measure(

@@ -55,7 +55,8 @@ class Writer:
     def __init__(self, outputs: list[Output], workers: int, progress: Callable[[int], Any]):
         self._outputs, self._progress = outputs, progress
         self._pool = ThreadPoolExecutor(THREADS, "write")
-        self._memory = Memory((workers + 1) * PIECE_BYTES)
+        room = PIECE_BYTES + len(outputs) * ALIGNMENT  # see `room_for`
+        self._memory = Memory((workers + 1) * room)
 
     def close(self) -> None:
         """Stop the threads."""
@@ -75,7 +76,7 @@ class Writer:
             return
         start, end, skip = slab.first * cols, slab.last * cols, self._skip(target, slab.first)
         while start < end:
-            stop = min(end, start + length - skip // width)
+            stop = end if end - start <= length else start + length - skip // width
             yield Piece(start, stop, skip)
             start, skip = stop, 0
 
