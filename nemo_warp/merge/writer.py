@@ -55,8 +55,7 @@ class Writer:
     def __init__(self, outputs: list[Output], workers: int, progress: Callable[[int], Any]):
         self._outputs, self._progress = outputs, progress
         self._pool = ThreadPoolExecutor(THREADS, "write")
-        room = PIECE_BYTES + len(outputs) * ALIGNMENT  # see `room_for`
-        self._memory = Memory((workers + 1) * room)
+        self._memory = Memory((workers + 1) * PIECE_BYTES)
 
     def close(self) -> None:
         """Stop the threads."""
