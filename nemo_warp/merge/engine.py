@@ -152,7 +152,7 @@ class Engine:
             self._memory.give(inputs.buffer)
 
     def _measure(self, ticket: int, tensor: TensorPlan, slab: Slab) -> Measured:
-        buffer = self._memory.take(ticket, room_bytes(tensor, slab))
+        buffer = self._memory.take(room_bytes(tensor, slab), ticket)
         measured = self._kernel.measure(tensor, slab, buffer)
         if not np.isfinite(measured.grams).all():
             self._refuse_nonfinite(tensor, slab)

@@ -38,12 +38,17 @@ class Memory:
             self._tickets += 1
             return self._tickets - 1
 
-    def take(self, ticket: int, size: int) -> np.ndarray:
+    def take(self, size: int, ticket: int | None = None) -> np.ndarray:
         """[size] uint8 that begins at a page, uninitialised; to be given back.
+
+        Args:
+            size: bytes.
+            ticket: a place that was kept; None is the end of the queue.
 
         Raises:
             RuntimeError: the memory was closed.
         """
+        ticket = self.ticket() if ticket is None else ticket
         with self._lock:
             changed = self._waiting[ticket] = threading.Condition(self._lock)
             while not self._closed:

@@ -96,7 +96,7 @@ class Writer:
         """[K * n] uint8 to merge a piece into, for `write`; waits until there is some."""
         length = max(piece.length, self._length(target))  # one size, so that it is used again
         size = len(self._outputs) * room_for(length * target.dtype.itemsize)
-        return self._memory.take(self._memory.ticket(), size)
+        return self._memory.take(size)
 
     def write(
         self, target: LogicalTensor, piece: Piece, values: np.ndarray, room: np.ndarray
