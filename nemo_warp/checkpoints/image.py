@@ -44,6 +44,11 @@ class FileImage:
     pieces: list[tuple[int, bytes | Record]] = field(default_factory=list)
     zips: list[tuple[int, ZipImage]] = field(default_factory=list)
 
+    def align(self, size: int) -> int:
+        """Go on at a multiple of ``size`` bytes, after zeros; returns the offset."""
+        self.size += -self.size % size
+        return self.size
+
     def append(self, content: bytes | Record) -> int:
         """Add bytes at the end; returns their offset."""
         offset = self.size

@@ -24,6 +24,9 @@ from nemo_warp.checkpoints.torch_dist_index import Item, TorchDistIndex
 MASTERS = "optimizer.state.fp32_param."
 """Prefix of fp32 copies of parameters (megatron/core/optimizer/distrib_optimizer.py)."""
 
+_ALIGNMENT = 64
+"""Of items in outputs, as of records in a torch.save file: no element lies across two pages."""
+
 _REMADE = ("metadata.json", ".metadata", "integrity.json")
 _FLATTENED = "nd_reformulated_orig_global_shape"
 
@@ -67,7 +70,7 @@ class TorchDistStore:
         kept = [item for item in self._index.items if not DROPPED.match(item.key)]
         for item in sorted(kept, key=lambda i: (i.file, i.record.offset)):
             file = files.setdefault(item.file, FileImage(prefix + item.file))
-            offset = file.size
+            offset = file.align(_ALIGNMENT)
             if self._is_merged(item):
                 placed.append(self._append(item, file, rule))
             else:

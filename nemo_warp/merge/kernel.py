@@ -151,13 +151,12 @@ class Kernel:
         tile = self._take("tile", (len(inputs.first) + 2) * loops.TILE * 8).view(np.float64)
         projections, changed = np.empty(count), np.empty(count, np.int64)
         start = inputs.first + (piece.start - inputs.slab.first * tensor.target.cols)
-        place = piece.skip // dtype.itemsize
         loops.combine(
             *(inputs.elements, start, coefficients, noise, tile.reshape(-1, loops.TILE)),
-            *(out.view(_STORED[dtype]), place, length, projections, changed),
+            *(out.view(_STORED[dtype]), piece.skip, length, projections, changed),
         )
-        end = piece.skip + length * dtype.itemsize
-        return Combined(out[:, piece.skip : end], projections, changed)
+        begin, end = (place * dtype.itemsize for place in (piece.skip, piece.skip + length))
+        return Combined(out[:, begin:end], projections, changed)
 
     def read(self, source: LogicalTensor, slab: Slab) -> tuple[torch.Tensor, list[Part]]:
         """[rows, cols] of one input as they are stored, and what was read."""

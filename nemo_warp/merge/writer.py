@@ -21,8 +21,11 @@ from nemo_warp.merge.output import Output
 THREADS = 24
 """They do nothing but write: a disk is as fast as it has requests to choose from."""
 
-PIECE_BYTES = 12 << 20
+PIECE_BYTES = 6 << 20
 """A piece of all outputs, about: what is in memory does not depend on their number."""
+
+WAITING_PIECES = 4
+"""Pieces on their way to disk beside those that the workers merge."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Piece:
     """Elements [start, stop) of a tensor in logical order.
 
     Attributes:
-        skip: bytes between the beginning of a page and the piece's place in the outputs.
+        skip: elements between the beginning of a page and the piece's place in the outputs.
     """
 
     start: int
@@ -55,7 +58,8 @@ class Writer:
     def __init__(self, outputs: list[Output], workers: int, progress: Callable[[int], Any]):
         self._outputs, self._progress = outputs, progress
         self._pool = ThreadPoolExecutor(THREADS, "write")
-        self._memory = Memory((workers + 1) * PIECE_BYTES)
+        room = PIECE_BYTES + len(outputs) * ALIGNMENT
+        self._memory = Memory((workers + WAITING_PIECES) * room)
 
     def close(self) -> None:
         """Stop the threads."""
@@ -75,28 +79,30 @@ class Writer:
             return
         start, end, skip = slab.first * cols, slab.last * cols, self._skip(target, slab.first)
         while start < end:
-            stop = end if end - start <= length else start + length - skip // width
+            fits = (skip + end - start) * width <= room_for(length * width)
+            stop = end if fits else start + length - skip
             yield Piece(start, stop, skip)
             start, skip = stop, 0
 
     def _length(self, target: LogicalTensor) -> int:
-        """Elements of a piece, about."""
+        """Elements of a piece, about; whole pages."""
         width = target.dtype.itemsize
         page = ALIGNMENT // width
         return max(page, min(SLAB, PIECE_BYTES // width // len(self._outputs)) // page * page)
 
     def _skip(self, target: LogicalTensor, row: int) -> int:
-        """Where in a page a row goes in the outputs, if elements do not lie across pages."""
+        """Elements between the beginning of a page and a row's place in the outputs."""
         width = target.dtype.itemsize
         patch = next(p for p in target.patches if p.row <= row < p.row + p.rows)
-        skip = self._outputs[0].place(patch.record, patch.start_of(row, width)) % ALIGNMENT
-        return skip if skip % width == 0 else 0
+        place = self._outputs[0].place(patch.record, patch.start_of(row, width))
+        return place % ALIGNMENT // width
 
     def room(self, target: LogicalTensor, piece: Piece) -> np.ndarray:
         """[K * n] uint8 to merge a piece into, for `write`; waits until there is some."""
-        length = max(piece.length, self._length(target))  # one size, so that it is used again
-        size = len(self._outputs) * room_for(length * target.dtype.itemsize)
-        return self._memory.take(size)
+        width = target.dtype.itemsize
+        usual = room_for(self._length(target) * width)  # one size, so that it is used again
+        size = max(usual, room_for((piece.skip + piece.length) * width) - ALIGNMENT)
+        return self._memory.take(len(self._outputs) * size)
 
     def write(
         self, target: LogicalTensor, piece: Piece, values: np.ndarray, room: np.ndarray

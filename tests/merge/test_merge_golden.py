@@ -1,5 +1,6 @@
 """Outputs equal a float64 reference, whatever the formats and layouts."""
 
+import pickle
 import tarfile
 from pathlib import Path
 
@@ -26,6 +27,12 @@ def unpacked(path: Path) -> Path:
 
 def read(path: Path) -> dict[str, torch.Tensor]:
     return reference.unstack(synthetic.read_torch_dist(unpacked(path) / "model_weights"))
+
+
+def offsets(path: Path) -> dict:
+    """Where each item begins in its file."""
+    metadata = pickle.loads((unpacked(path) / "model_weights" / ".metadata").read_bytes())
+    return {index: info.offset for index, info in metadata.storage_data.items()}
 
 
 def family(num_policies=2, **options):
@@ -72,6 +79,17 @@ def test_any_layout_gives_the_reference(tmp_path, layouts, gated, tied):
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
         reference.assert_close(tensor, expected[name], name)
+
+
+@pytest.mark.parametrize("output", ["out.nemo", "out_folder"])
+def test_items_of_an_output_begin_at_a_multiple_of_64(tmp_path, output):
+    init, policies = family(num_policies=1)
+    paths = [write(tmp_path / f"{i}.nemo", w, "layers", 2) for i, w in enumerate([init, *policies])]
+    merge(paths[0], paths[1:], tmp_path / output, eta=0.3)
+    before, after = offsets(paths[0]), offsets(tmp_path / output)
+    assert before.keys() == after.keys()
+    assert any(offset % 64 for offset in before.values())
+    assert not any(offset % 64 for offset in after.values())
 
 
 @pytest.mark.parametrize("output", ["out.nemo", "out_folder"])

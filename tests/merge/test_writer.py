@@ -19,17 +19,18 @@ from nemo_warp.merge.writer import Writer
 ROWS, COLS, WIDTH = 3000, 100, 2
 BASE, START = 640, 192
 """Where the output has the record, and where in the record a tensor begins."""
+PIECE_BYTES = 1 << 17
 
 
 class Files:
     """Outputs as arrays in memory; the disk itself is tested with `DirectFile`."""
 
-    def __init__(self, fails: bool = False):
-        self.content = np.zeros(BASE + START + ROWS * COLS * WIDTH, np.uint8)
-        self.fails, self.lock = fails, threading.Lock()
+    def __init__(self, fails: bool = False, base: int = BASE):
+        self.content = np.zeros(base + START + ROWS * COLS * WIDTH, np.uint8)
+        self.fails, self.base, self.lock = fails, base, threading.Lock()
 
     def place(self, record: Record, start: int) -> int:
-        return BASE + record.offset + start
+        return self.base + record.offset + start
 
     def write(self, record: Record, start: int, data: np.ndarray) -> int:
         if self.fails:
@@ -53,7 +54,7 @@ def tensor(*columns: int) -> LogicalTensor:
 
 @pytest.fixture
 def open_writer(monkeypatch):
-    monkeypatch.setattr(writer, "PIECE_BYTES", 1 << 17)
+    monkeypatch.setattr(writer, "PIECE_BYTES", PIECE_BYTES)
     opened = []
 
     def make(*outputs: Files) -> Writer:
@@ -72,8 +73,17 @@ def test_inner_cuts_fall_between_the_outputs_pages(open_writer, num_outputs):
     assert all(one.stop == two.start for one, two in pairwise(pieces))
     places = [BASE + START + piece.start * WIDTH for piece in pieces]
     assert all(place % ALIGNMENT == 0 for place in places[1:])
-    assert [piece.skip for piece in pieces] == [place % ALIGNMENT for place in places]
-    assert max(piece.length for piece in pieces) * WIDTH * num_outputs <= 1 << 17
+    assert [piece.skip * WIDTH for piece in pieces] == [place % ALIGNMENT for place in places]
+    sizes = [piece.length * WIDTH * num_outputs for piece in pieces]
+    assert max(sizes) <= PIECE_BYTES + num_outputs * ALIGNMENT
+
+
+def test_a_slab_that_begins_inside_a_page_leaves_no_rest_for_a_piece_of_its_own(open_writer):
+    one, rows = open_writer(Files()), 4 * PIECE_BYTES // (COLS * WIDTH)
+    pieces = list(one.pieces(tensor(), Slab(7, 7 + rows)))
+    assert len(pieces) == 4
+    sizes = {len(one.room(tensor(), piece)) for piece in pieces}  # more than one has to wait for
+    assert len(sizes) == 1
 
 
 def test_a_tensor_split_by_columns_is_cut_into_whole_rows(open_writer):
@@ -82,22 +92,23 @@ def test_a_tensor_split_by_columns_is_cut_into_whole_rows(open_writer):
     assert all(piece.start % COLS == 0 and piece.stop % COLS == 0 for piece in pieces)
 
 
+@pytest.mark.parametrize("base", [BASE, BASE + 1])  # elements may lie across pages
 @pytest.mark.parametrize("columns", [(), (30, 60)])
-def test_everything_arrives_where_it_belongs(open_writer, columns):
-    target, outputs = tensor(*columns), [Files(), Files()]
+def test_everything_arrives_where_it_belongs(open_writer, columns, base):
+    target, outputs = tensor(*columns), [Files(base=base), Files(base=base)]
     values = np.random.default_rng(0).integers(1, 255, (2, ROWS, COLS * WIDTH)).astype(np.uint8)
     one, started = open_writer(*outputs), []
     for piece in one.pieces(target, Slab(0, ROWS)):
         room = one.room(target, piece)
         bounds = slice(piece.start * WIDTH, piece.stop * WIDTH)
-        rows = room.reshape(2, -1)[:, piece.skip : piece.skip + piece.length * WIDTH]
+        rows = room.reshape(2, -1)[:, piece.skip * WIDTH :][:, : piece.length * WIDTH]
         rows[:] = values.reshape(2, -1)[:, bounds]
         started += one.write(target, piece, rows, room)
     assert sum(sum(future.result(timeout=60)) for future in started) == values.size
     for output, expected in zip(outputs, values, strict=True):
         for patch in target.patches:
             size = patch.rows * patch.cols * WIDTH
-            found = output.content[BASE + patch.start :][:size].reshape(ROWS, -1)
+            found = output.content[base + patch.start :][:size].reshape(ROWS, -1)
             left = patch.col * WIDTH
             assert np.array_equal(found, expected[:, left : left + patch.cols * WIDTH])
 
