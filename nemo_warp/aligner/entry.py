@@ -1,17 +1,53 @@
-"""Shared by the entry points: a directory's lock and owner, how errors are told. No NeMo."""
+"""The frame of the entry points: check, lock the directory, import NeMo, work, tell errors."""
 
 from __future__ import annotations
 
 import fcntl
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
+from nemo_warp import exit_codes
 from nemo_warp.config import identity_hash, to_plain
-from nemo_warp.records import read_completion, write_text_atomically
+from nemo_warp.records import RecordError, read_completion, write_text_atomically
+from nemo_warp.rewards import RewardError
 
 _OWNER_FILE = "config.sha256"
+Texts = TypeVar("Texts")
+
+
+def run_once(
+    check: Callable[[], tuple[Any, Path, Texts]], work: Callable[[Any, Texts], int]
+) -> int:
+    """Do a configuration's work in its directory, unless it is done already.
+
+    Args:
+        check: refuses what cannot work (ValueError, RecordError), without NeMo; returns the
+            configuration, the directory and the prompts' texts.
+        work: called with configuration and texts when NeMo is ready; returns an exit code.
+
+    Returns:
+        An exit code of `nemo_warp.exit_codes`.
+    """
+    try:
+        config, directory, texts = check()
+        if already_complete(directory, config):
+            return exit_codes.DONE
+        lock = lock_directory(directory, config)
+    except (ValueError, RecordError) as error:
+        return refuse(error, exit_codes.MISCONFIGURED)
+    from nemo_warp.aligner.compat import activate
+
+    activate()
+    with lock:
+        try:
+            return work(config, texts)
+        except ValueError as error:
+            return refuse(error, exit_codes.MISCONFIGURED)
+        except (RecordError, RewardError, FloatingPointError) as error:
+            return refuse(error, exit_codes.FAILED)
 
 
 def is_first_rank() -> bool:

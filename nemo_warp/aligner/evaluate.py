@@ -15,8 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_warp import exit_codes
-from nemo_warp.aligner.entry import already_complete, lock_directory, refuse
+from nemo_warp.aligner.entry import run_once
 from nemo_warp.aligner.prompts import read_prompts
 from nemo_warp.aligner.validation import (
     check_evaluation_sizes,
@@ -26,7 +25,6 @@ from nemo_warp.aligner.validation import (
     read_model_config,
 )
 from nemo_warp.config import CONF_DIRECTORY, load_config, require_complete, to_plain
-from nemo_warp.records import RecordError
 
 POINTS_FILE = "points.jsonl"
 _MEMBER_SECTIONS = ("rollout", "algorithm", "reward_client", "evaluation", "trainer", "model")
@@ -46,28 +44,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, required=True, help="see conf/evaluation.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parsed = parser.parse_args(arguments)
-    try:
+
+    def check() -> tuple[DictConfig, Path, list[str]]:
         config = load_evaluation(parsed.config, parsed.overrides)
         texts = check_evaluation(config)
-        directory = Path(config.directory)
-        if already_complete(directory, config):
-            return exit_codes.DONE
-        lock = lock_directory(directory, config)
-    except (ValueError, RecordError) as error:
-        return refuse(error, exit_codes.MISCONFIGURED)
-    from nemo_warp.aligner.compat import activate
+        return config, Path(config.directory), texts
 
-    activate()
-    from nemo_warp.aligner.front import measure_front
-    from nemo_warp.rewards import RewardError
+    def work(config: DictConfig, texts: list[str]) -> int:
+        from nemo_warp.aligner.front import measure_front
 
-    with lock:
-        try:
-            return measure_front(config, texts)
-        except ValueError as error:
-            return refuse(error, exit_codes.MISCONFIGURED)
-        except (RecordError, RewardError) as error:
-            return refuse(error, exit_codes.FAILED)
+        return measure_front(config, texts)
+
+    return run_once(check, work)
 
 
 def load_evaluation(path: Path, overrides: list[str]) -> DictConfig:

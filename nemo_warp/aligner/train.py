@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from nemo_warp import exit_codes
-from nemo_warp.aligner.entry import already_complete, lock_directory, refuse
+from nemo_warp.aligner.entry import run_once
 from nemo_warp.aligner.prompts import read_prompts
 from nemo_warp.aligner.validation import max_prompt_tokens, validate_member
 from nemo_warp.config import CONF_DIRECTORY, load_config, require_complete
-from nemo_warp.records import RecordError
 
 _EPILOG = f"""\
 run it under srun or torchrun, one process per device:
@@ -48,28 +47,18 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parsed = parser.parse_args(arguments)
-    try:
+
+    def check() -> tuple[Any, Path, dict[str, list[str]]]:
         config = load_config(CONF_DIRECTORY / "member.yaml", parsed.config, parsed.overrides)
         prompts = check_member(config)
-        directory = Path(config.run.directory)
-        if already_complete(directory, config):
-            return exit_codes.DONE
-        lock = lock_directory(directory, config)
-    except (ValueError, RecordError) as error:
-        return refuse(error, exit_codes.MISCONFIGURED)
-    from nemo_warp.aligner.compat import activate
+        return config, Path(config.run.directory), prompts
 
-    activate()
-    from nemo_warp.aligner.member import run_member
-    from nemo_warp.rewards import RewardError
+    def work(config: Any, prompts: dict[str, list[str]]) -> int:
+        from nemo_warp.aligner.member import run_member
 
-    with lock:
-        try:
-            return run_member(config, prompts, started)
-        except ValueError as error:
-            return refuse(error, exit_codes.MISCONFIGURED)
-        except (RecordError, RewardError, FloatingPointError) as error:
-            return refuse(error, exit_codes.FAILED)
+        return run_member(config, prompts, started)
+
+    return run_once(check, work)
 
 
 def check_member(config: Any) -> dict[str, list[str]]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_warp import exit_codes
+from nemo_warp.aligner.entry import refuse
 from nemo_warp.aligner.validation import (
     check_layout,
     context_length,
@@ -105,8 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(CONF_DIRECTORY / "reward_model.yaml", *files, parsed.overrides)
         check(config)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return exit_codes.MISCONFIGURED
+        return refuse(error, exit_codes.MISCONFIGURED)
     from nemo_warp.aligner.compat import activate
 
     activate()
@@ -115,8 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         train_reward_model(config)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return exit_codes.MISCONFIGURED
+        return refuse(error, exit_codes.MISCONFIGURED)
     return exit_codes.DONE
 
 
