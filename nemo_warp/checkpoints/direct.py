@@ -119,11 +119,12 @@ def pages(size: int) -> np.ndarray:
     return np.frombuffer(memory, np.uint8, size)
 
 
-def scratch(size: int) -> np.ndarray:
-    """[size] uint8 of this thread's memory that begins at a page; the next call takes it again."""
-    if not hasattr(_threads, "scratch") or len(_threads.scratch) < size:
-        _threads.scratch = pages(size)
-    return _threads.scratch[:size]
+def scratch(name: str, size: int) -> np.ndarray:
+    """[size] uint8 of this thread's, from `pages`, until it asks for memory of this name again."""
+    memory = vars(_threads)
+    if name not in memory or len(memory[name]) < size:
+        memory[name] = pages(size)
+    return memory[name][:size]
 
 
 def room_for(size: int) -> int:
@@ -151,7 +152,7 @@ def _on_pages(data: np.ndarray) -> np.ndarray:
     """``data`` itself if it begins at a page, or else a copy of its first `_PIECE` bytes."""
     if _address(data) % ALIGNMENT == 0:
         return data
-    piece = scratch(min(_PIECE, len(data)))
+    piece = scratch("write", min(_PIECE, len(data)))
     piece[:] = data[: len(piece)]
     return piece
 

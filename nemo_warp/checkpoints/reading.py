@@ -71,7 +71,7 @@ class FileCache:
             if record.crc32 is None or record in self._whole:
                 return
             self._whole.add(record)
-        crc, room = 0, scratch(room_for(_PIECE))
+        crc, room = 0, scratch("check", room_for(_PIECE))
         for start in range(0, record.size, _PIECE):
             crc = crc32(self.read(record, start, min(_PIECE, record.size - start), room), crc)
         _check_crc(crc, record, name)
@@ -106,7 +106,8 @@ def read_slab(
         some = Slab(max(slab.first, patch.row), min(slab.last, patch.row + patch.rows))
         if some.first < some.last:
             size = some.rows * patch.cols * width
-            found, part = _read_patch(files, tensor, patch, some, scratch(room_for(size)))
+            aside = scratch("patch", room_for(size))
+            found, part = _read_patch(files, tensor, patch, some, aside)
             window = rows[some.first - slab.first : some.last - slab.first]
             window[:, patch.col * width : (patch.col + patch.cols) * width] = found
             parts.append(part)

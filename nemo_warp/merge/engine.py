@@ -6,7 +6,6 @@ makes room for one of the next group: while one group is merged and written, the
 
 from __future__ import annotations
 
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -62,12 +61,12 @@ class Engine:
     def __init__(self, plan: MergePlan, outputs: list[Output], progress: Callable[[int], Any]):
         self.plan, self.outputs, self.progress = plan, outputs, progress
         self._files = FileCache()
+        self._kernel = Kernel(self._files)
         workers = plan.options.workers
         self._readers = ThreadPoolExecutor(workers + WAITING_THREADS, "measure")
         self._mergers = ThreadPoolExecutor(workers, "merge")
         self._writer = Writer(outputs, workers, progress)
         self._memory = Memory(_memory_limit(plan))
-        self._threads = threading.local()
 
     def close(self) -> None:
         """Stop the threads and close the inputs."""
@@ -212,13 +211,6 @@ class Engine:
             values[:] = stored[first : first + piece.length * width]
             started.append(self._writer.write(target, piece, values, room))
         return (started,)
-
-    @property
-    def _kernel(self) -> Kernel:
-        """This thread's."""
-        if not hasattr(self._threads, "kernel"):
-            self._threads.kernel = Kernel(self._files)
-        return self._threads.kernel
 
 
 def _merged_slabs(group: GroupPlan) -> Iterable[tuple[TensorPlan, Slab]]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from nemo_warp.checkpoints.crc import crc32
-from nemo_warp.checkpoints.direct import pages, room_for
+from nemo_warp.checkpoints.direct import pages, room_for, scratch
 from nemo_warp.checkpoints.logical import LogicalTensor
 from nemo_warp.checkpoints.parts import Part
 from nemo_warp.checkpoints.reading import FileCache, check_replicas, read_slab, slab_room
@@ -78,15 +78,14 @@ class Combined:
 
 
 class Kernel:
-    """One thread's working memory, and the arithmetic that uses it.
+    """Reads slabs and does the arithmetic; threads may share it.
 
     Args:
-        files: of the inputs, shared.
+        files: of the inputs.
     """
 
     def __init__(self, files: FileCache):
         self._files = files
-        self._memory: dict[str, np.ndarray] = {}
 
     def measure(self, tensor: TensorPlan, slab: Slab, buffer: np.ndarray) -> Measured:
         """Read a slab.
@@ -105,7 +104,7 @@ class Kernel:
         for n, source in enumerate(tensor.sources):
             here = source.dtype == dtype
             size = slab_room(source, slab)
-            room = buffer.reshape(count, -1)[n] if here else self._take("narrow", size)
+            room = buffer.reshape(count, -1)[n] if here else scratch("narrow", size)
             rows, read = read_slab(self._files, source, slab, room)
             check_replicas(self._files, source, slab, rows)
             parts.append(read)
@@ -122,7 +121,7 @@ class Kernel:
     def _gram(self, tensor: TensorPlan, inputs: Inputs) -> np.ndarray:
         block, count = rows_per_block(tensor.target.cols), len(tensor.sources)
         grams = np.empty((-(-inputs.slab.rows // block), count, count))
-        tile = self._take("tile", count * loops.TILE * 8).view(np.float64)
+        tile = scratch("tile", count * loops.TILE * 8).view(np.float64)
         cut = inputs.slab.rows * tensor.target.cols, block * tensor.target.cols
         loops.gram(inputs.elements, inputs.first, *cut, tile.reshape(count, -1), grams)
         return grams
@@ -148,7 +147,7 @@ class Kernel:
         """
         dtype, count, length = tensor.target.dtype, len(coefficients) - 1, piece.length
         out = room.reshape(count, -1)
-        tile = self._take("tile", (len(inputs.first) + 2) * loops.TILE * 8).view(np.float64)
+        tile = scratch("tile", (len(inputs.first) + 2) * loops.TILE * 8).view(np.float64)
         projections, changed = np.empty(count), np.empty(count, np.int64)
         start = inputs.first + (piece.start - inputs.slab.first * tensor.target.cols)
         loops.combine(
@@ -162,12 +161,6 @@ class Kernel:
         """[rows, cols] of one input as they are stored, and what was read."""
         rows, parts = read_slab(self._files, source, slab, pages(slab_room(source, slab)))
         return torch.from_numpy(rows).view(source.dtype), parts
-
-    def _take(self, name: str, size: int) -> np.ndarray:
-        """[size] uint8 from `pages`, uninitialised, valid until the next of this name is taken."""
-        if name not in self._memory or len(self._memory[name]) < size:
-            self._memory[name] = pages(size)
-        return self._memory[name][:size]
 
 
 def room_bytes(tensor: TensorPlan, slab: Slab) -> int:

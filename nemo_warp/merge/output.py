@@ -11,6 +11,7 @@ import ctypes
 import os
 import shutil
 import tarfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,7 @@ class Output:
         self._headers: list[tuple[int, bytes]] = []
         self._tar_end = self._lay_out_tar() if self.is_tar else 0
         self._opened: dict[str, DirectFile] = {}
+        self._opening = threading.Lock()
 
     def _lay_out_tar(self) -> int:
         cursor = 0
@@ -115,7 +117,9 @@ class Output:
 
     def sync(self) -> None:
         """Make everything written so far durable."""
-        for file in list(self._opened.values()):  # threads may be opening more
+        with self._opening:
+            files = list(self._opened.values())
+        for file in files:
             os.fdatasync(file.descriptor)
 
     def seal(self, parts: list[Part], provenance: bytes) -> None:
@@ -198,11 +202,12 @@ class Output:
 
     def _file(self, name: str) -> DirectFile:
         key = "" if self.is_tar else name
-        if key not in self._opened:
-            path = self.content if self.is_tar else self.content / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._opened[key] = DirectFile(path, os.O_RDWR | os.O_CREAT)
-        return self._opened[key]
+        with self._opening:
+            if key not in self._opened:
+                path = self.content if self.is_tar else self.content / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._opened[key] = DirectFile(path, os.O_RDWR | os.O_CREAT)
+            return self._opened[key]
 
     def _pread(self, name: str, size: int, offset: int) -> bytes:
         return os.pread(self._file(name).descriptor, size, offset + self._bases.get(name, 0))
