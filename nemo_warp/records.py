@@ -87,8 +87,9 @@ def code_version() -> str:
     if not (root / ".git").exists():
         return nemo_warp.__version__
     describe = ["git", "-C", str(root), "describe", "--always", "--dirty=.dirty", "--abbrev=12"]
-    result = subprocess.run(describe, capture_output=True, text=True, check=False)
-    if result.returncode != 0:
+    try:
+        result = subprocess.run(describe, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):  # no git, or not allowed to look
         return nemo_warp.__version__
     return f"{nemo_warp.__version__}+g{result.stdout.strip()}"
 

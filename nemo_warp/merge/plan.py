@@ -6,6 +6,8 @@ import hashlib
 from collections import defaultdict
 from dataclasses import dataclass
 
+import numba
+import numpy
 import torch
 
 from nemo_warp.checkpoints.checkpoint import Checkpoint, open_checkpoint
@@ -15,7 +17,7 @@ from nemo_warp.checkpoints.logical import LogicalTensor
 from nemo_warp.checkpoints.names import group_of, group_order
 from nemo_warp.checkpoints.vocabulary import VOCABULARY_TENSORS, true_vocab_size
 from nemo_warp.merge.options import MergeOptions
-from nemo_warp.records import canonical_json
+from nemo_warp.records import canonical_json, code_version
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class MergePlan:
         image: the layout of every output.
         notes: what the user should know before and after.
         files: path -> [size, time of change in ns] of every input file.
+        versions: of the code and of the libraries that decide the outputs' bytes.
         identity: hash of everything that decides the outputs, input files' size and time included.
     """
 
@@ -72,6 +75,7 @@ class MergePlan:
     image: CheckpointImage
     notes: tuple[str, ...]
     files: dict[str, list[int]]
+    versions: dict[str, str]
     identity: str
 
     @property
@@ -136,9 +140,10 @@ def make_plan(options: MergeOptions, inputs: tuple[Checkpoint, ...]) -> MergePla
         groups[group_of(tensor.name)].append(tensor)
     names = sorted(groups, key=group_order)
     ordered = tuple(GroupPlan(name, tuple(groups[name])) for name in names)
-    files = _file_states(inputs)
-    identity = _identity(options, files, tensors)
-    return MergePlan(options, inputs, ordered, image, tuple(dict.fromkeys(notes)), files, identity)
+    files, versions = _file_states(inputs), _versions()
+    identity = _identity(options, files, tensors, versions)
+    once = tuple(dict.fromkeys(notes))
+    return MergePlan(options, inputs, ordered, image, once, files, versions, identity)
 
 
 def _source_tables(options, inputs, notes) -> list[dict[str, LogicalTensor]]:
@@ -234,8 +239,18 @@ def _file_states(inputs: tuple[Checkpoint, ...]) -> dict[str, list[int]]:
     return {str(path): [state.st_size, state.st_mtime_ns] for path, state in states.items()}
 
 
-def _identity(options: MergeOptions, files: dict[str, list[int]], tensors: list[TensorPlan]) -> str:
+def _versions() -> dict[str, str]:
+    libraries = {library.__name__: library.__version__ for library in (numba, numpy, torch)}
+    return {"nemo_warp": code_version(), **libraries}
+
+
+def _identity(
+    options: MergeOptions,
+    files: dict[str, list[int]],
+    tensors: list[TensorPlan],
+    versions: dict[str, str],
+) -> str:
     names = [[t.name, t.true_rows, t.unit, str(t.target.dtype)] for t in tensors]
     outputs = {repr(eta): str(path.resolve()) for eta, path in options.outputs.items()}
-    text = canonical_json([options.recorded(), files, names, outputs])
+    text = canonical_json([options.recorded(), files, names, outputs, versions])
     return hashlib.sha256(text.encode()).hexdigest()

@@ -5,14 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import numba
-import numpy
-import torch
-
 from nemo_warp.checkpoints.inspection import weights_digest
 from nemo_warp.merge.plan import MergePlan
 from nemo_warp.merge.results import GroupResult
-from nemo_warp.records import code_version
 
 
 def provenance(plan: MergePlan, groups: list[GroupResult]) -> dict[str, Any]:
@@ -27,9 +22,7 @@ def provenance(plan: MergePlan, groups: list[GroupResult]) -> dict[str, Any]:
         }
         for index, (role, checkpoint) in enumerate(zip(roles, plan.inputs, strict=True))
     ]
-    versions = {"nemo_warp": code_version()}
-    versions |= {library.__name__: library.__version__ for library in (numba, numpy, torch)}
-    return {"inputs": inputs, "options": plan.options.recorded(), "versions": versions}
+    return {"inputs": inputs, "options": plan.options.recorded(), "versions": plan.versions}
 
 
 def provenance_bytes(plan: MergePlan, groups: list[GroupResult], eta: float) -> bytes:

@@ -14,7 +14,7 @@ from synthetic_checkpoints import tiny_weights, write_nemo, write_torch_dist
 
 from nemo_warp import exit_codes
 from nemo_warp.checkpoints.direct import reserve
-from nemo_warp.merge import cli, merge
+from nemo_warp.merge import cli, merge, plan
 from nemo_warp.merge.output import Output
 from nemo_warp.records import code_version
 
@@ -173,6 +173,15 @@ def test_rerun_takes_over_finished_layers(models, undisturbed, tmp_path):
     assert _tree(outputs[0]) == _tree(outputs[1]) == wanted
     assert int(notes[0].read_text()) > 100
     assert int(notes[1].read_text()) == 0
+
+
+def test_rerun_by_other_code_starts_afresh(models, undisturbed, tmp_path, monkeypatch):
+    note, calls = tmp_path / "count", undisturbed[True][2]
+    killed = _in_child(_merge_and_die, models, tmp_path, calls * 9 // 10, tar=True)
+    assert killed == -signal.SIGKILL
+    monkeypatch.setattr(plan, "code_version", lambda: "another")
+    assert _in_child(_merge_and_count_parts, models, tmp_path, note) == 0
+    assert int(note.read_text()) > 100
 
 
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.6, 0.95])
