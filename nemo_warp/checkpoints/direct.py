@@ -58,7 +58,8 @@ class DirectFile:
         view, done = room[skip : skip + size], 0
         if self._direct is not None and size >= _MIN_BYTES and _address(room) % ALIGNMENT == 0:
             with _fallback():
-                done = os.preadv(self._direct, [room[: _up(skip + size)]], offset - skip) - skip
+                wanted = room[: whole_pages(skip + size)]
+                done = os.preadv(self._direct, [wanted], offset - skip) - skip
         done = min(max(done, 0), size)
         while done < size:  # direct access cannot read the last sector of a file
             count = os.preadv(self.descriptor, [view[done:]], offset + done)
@@ -127,9 +128,14 @@ def scratch(name: str, size: int) -> np.ndarray:
     return memory[name][:size]
 
 
+def whole_pages(size: int) -> int:
+    """The size rounded up to a multiple of `ALIGNMENT`."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
 def room_for(size: int) -> int:
     """Bytes of memory for reading ``size`` bytes from anywhere; whole pages."""
-    return _up(size) + ALIGNMENT
+    return whole_pages(size) + ALIGNMENT
 
 
 @contextmanager
@@ -170,7 +176,3 @@ def _write_all(descriptor: int, data: np.ndarray, offset: int) -> None:
 
 def _down(size: int) -> int:
     return size // ALIGNMENT * ALIGNMENT
-
-
-def _up(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT

@@ -20,12 +20,10 @@ from nemo_warp.checkpoints.image import CheckpointImage, DtypeRule, FileImage, z
 from nemo_warp.checkpoints.logical import LogicalTensor, Record
 from nemo_warp.checkpoints.names import DROPPED, Block, StackedTensor, logical_tensors, model_keys
 from nemo_warp.checkpoints.torch_dist_index import Item, TorchDistIndex
+from nemo_warp.checkpoints.torch_zip import ALIGNMENT
 
 MASTERS = "optimizer.state.fp32_param."
 """Prefix of fp32 copies of parameters (megatron/core/optimizer/distrib_optimizer.py)."""
-
-_ALIGNMENT = 64
-"""Of items in outputs, as of records in a torch.save file: no element lies across two pages."""
 
 _REMADE = ("metadata.json", ".metadata", "integrity.json")
 _FLATTENED = "nd_reformulated_orig_global_shape"
@@ -70,7 +68,7 @@ class TorchDistStore:
         kept = [item for item in self._index.items if not DROPPED.match(item.key)]
         for item in sorted(kept, key=lambda i: (i.file, i.record.offset)):
             file = files.setdefault(item.file, FileImage(prefix + item.file))
-            offset = file.align(_ALIGNMENT)
+            offset = file.align(ALIGNMENT)  # so that no element lies across two pages
             if self._is_merged(item):
                 placed.append(self._append(item, file, rule))
             else:

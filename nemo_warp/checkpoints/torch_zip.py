@@ -25,7 +25,8 @@ from nemo_warp.checkpoints.unpickling import load_tensor_pickle
 
 MAX_DIRECTORY_BYTES = 1 << 26
 MAX_PICKLE_BYTES = 1 << 28
-_ALIGNMENT = 64
+ALIGNMENT = 64
+"""Of records in the file, as torch.save has it."""
 _LIMIT32 = 0xFFFFFFFF
 _LOCAL_HEADER_BYTES = 30
 
@@ -172,7 +173,7 @@ def _local_header(entry: ZipEntry, cursor: int) -> bytes:
     name = entry.name.encode()
     zip64 = _zip64_extra(_zip64_values(entry, cursor))
     start = cursor + _LOCAL_HEADER_BYTES + len(name) + len(zip64) + 4
-    padding = -start % _ALIGNMENT
+    padding = -start % ALIGNMENT
     extra = zip64 + b"FB" + struct.pack("<H", padding) + b"Z" * padding
     fixed = struct.pack(
         "<4s5H3L2H", b"PK\x03\x04", 0, 0x0808, 0, 0, 0, 0, 0, 0, len(name), len(extra)

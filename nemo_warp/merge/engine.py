@@ -206,7 +206,7 @@ class Engine:
         stored, width = padding.view(torch.uint8).numpy().reshape(-1), target.dtype.itemsize
         for piece in self._writer.pieces(target, slab):
             room = self._writer.room(target, piece)
-            values = room.reshape(len(self.outputs), -1)[:, : piece.length * width]
+            values = piece.within(room, len(self.outputs), width)
             first = (piece.start - slab.first * target.cols) * width
             values[:] = stored[first : first + piece.length * width]
             started.append(self._writer.write(target, piece, values, room))

@@ -146,16 +146,15 @@ class Kernel:
             room: [K * n] uint8 for the result.
         """
         dtype, count, length = tensor.target.dtype, len(coefficients) - 1, piece.length
-        out = room.reshape(count, -1)
+        out = room.view(_STORED[dtype]).reshape(count, -1)
         tile = scratch("tile", (len(inputs.first) + 2) * loops.TILE * 8).view(np.float64)
         projections, changed = np.empty(count), np.empty(count, np.int64)
         start = inputs.first + (piece.start - inputs.slab.first * tensor.target.cols)
         loops.combine(
             *(inputs.elements, start, coefficients, noise, tile.reshape(-1, loops.TILE)),
-            *(out.view(_STORED[dtype]), piece.skip, length, projections, changed),
+            *(out, piece.skip, length, projections, changed),
         )
-        begin, end = (place * dtype.itemsize for place in (piece.skip, piece.skip + length))
-        return Combined(out[:, begin:end], projections, changed)
+        return Combined(piece.within(room, count, dtype.itemsize), projections, changed)
 
     def read(self, source: LogicalTensor, slab: Slab) -> tuple[torch.Tensor, list[Part]]:
         """[rows, cols] of one input as they are stored, and what was read."""

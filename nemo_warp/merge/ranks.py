@@ -70,7 +70,8 @@ class Meeting:
             if ready.get("tokens", {}).get(str(self.world.rank)) == self._token:
                 if ready["plan"] != self.identity:
                     raise RankFailure(
-                        "rank 0 merges something else; pass all ranks the same options"
+                        "rank 0 merges something else; pass all ranks the same options, and let "
+                        "them have the same code and libraries"
                     )
                 return
             self._check_deadline(deadline, "rank 0 to prepare the outputs")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from nemo_warp.checkpoints.direct import ALIGNMENT, room_for
+from nemo_warp.checkpoints.direct import ALIGNMENT, room_for, whole_pages
 from nemo_warp.checkpoints.logical import LogicalTensor, Patch
 from nemo_warp.checkpoints.parts import Part
 from nemo_warp.checkpoints.slabs import SLAB, Slab, slabs_of
@@ -44,6 +44,11 @@ class Piece:
     def length(self) -> int:
         """How many elements."""
         return self.stop - self.start
+
+    def within(self, room: np.ndarray, outputs: int, width: int) -> np.ndarray:
+        """[outputs, bytes] uint8, where elements of ``width`` bytes go in `Writer.room`."""
+        begin = self.skip * width
+        return room.reshape(outputs, -1)[:, begin : begin + self.length * width]
 
 
 class Writer:
@@ -79,7 +84,7 @@ class Writer:
             return
         start, end, skip = slab.first * cols, slab.last * cols, self._skip(target, slab.first)
         while start < end:
-            fits = (skip + end - start) * width <= room_for(length * width)
+            fits = (skip + end - start) * width <= self._room(target)
             stop = end if fits else start + length - skip
             yield Piece(start, stop, skip)
             start, skip = stop, 0
@@ -90,6 +95,10 @@ class Writer:
         page = ALIGNMENT // width
         return max(page, min(SLAB, PIECE_BYTES // width // len(self._outputs)) // page * page)
 
+    def _room(self, target: LogicalTensor) -> int:
+        """Bytes per output for a piece, from the beginning of its first page on."""
+        return room_for(self._length(target) * target.dtype.itemsize)
+
     def _skip(self, target: LogicalTensor, row: int) -> int:
         """Elements between the beginning of a page and a row's place in the outputs."""
         width = target.dtype.itemsize
@@ -99,9 +108,8 @@ class Writer:
 
     def room(self, target: LogicalTensor, piece: Piece) -> np.ndarray:
         """[K * n] uint8 to merge a piece into, for `write`; waits until there is some."""
-        width = target.dtype.itemsize
-        usual = room_for(self._length(target) * width)  # one size, so that it is used again
-        size = max(usual, room_for((piece.skip + piece.length) * width) - ALIGNMENT)
+        needed = whole_pages((piece.skip + piece.length) * target.dtype.itemsize)
+        size = max(needed, self._room(target))  # one size, so that it is used again
         return self._memory.take(len(self._outputs) * size)
 
     def write(
