@@ -24,7 +24,7 @@ from nemo_warp.config import (
 from nemo_warp.pipeline import inputs
 from nemo_warp.pipeline.paths import RunPaths
 from nemo_warp.pipeline.plan import Stage, build_plan
-from nemo_warp.pipeline.validate import check_recipe
+from nemo_warp.pipeline.validate import check_cluster, check_recipe
 from nemo_warp.records import RecordError
 
 _SHARED_SECTIONS = ("rollout", "algorithm", "reward_client", "evaluation", "trainer", "model")
@@ -61,7 +61,7 @@ class Recipe:
         """The cluster file, complete.
 
         Raises:
-            ValueError: there is none, or it lacks account or partition.
+            ValueError: there is none, or something in it is missing or wrong.
         """
         return _load_cluster(self.values)
 
@@ -262,16 +262,8 @@ def _load_cluster(values: dict[str, Any]) -> dict[str, Any]:
     config = load_config(CONF_DIRECTORY / "cluster" / "defaults.yaml", file, changes)
     try:
         require_complete(config)
+        cluster = to_plain(config)
+        check_cluster(cluster, str(values["resources"]["member"]["time"]))
     except ValueError as error:
         raise ValueError(f"cluster file {file}: {error}") from None
-    cluster = to_plain(config)
-    for key in ("account", "partition"):
-        if not cluster[key]:
-            raise ValueError(f"cluster file {file}: {key} is empty; name one")
-    for key, value in cluster["environment"].items():
-        if "," in str(value):
-            raise ValueError(
-                f"cluster file {file}: environment.{key} holds a comma, which sbatch --export "
-                "cannot pass on; set it in the container or in your shell"
-            )
     return cluster

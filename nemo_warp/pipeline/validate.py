@@ -13,6 +13,8 @@ from nemo_warp.config import check_keys
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,47}")
 _REWARD_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _TIME = re.compile(r"(\d+-)?\d{1,2}(:\d{2}){1,2}|\d+")
+_SIGNAL_MAY_BE_EARLY_S = 60
+"""``sbatch --signal``: "may be sent up to 60 seconds earlier than specified"."""
 _REWARD_KEYS = (
     "weight",
     "callable",
@@ -164,6 +166,35 @@ def _check_launcher(values: dict[str, Any]) -> None:
     for kind, command in values["commands"].items():
         _require(command is None or (isinstance(command, list) and bool(command)),
                  f"commands.{kind} is {command!r}, expected a list of words")  # fmt: skip
+
+
+def check_cluster(cluster: dict[str, Any], member_time: str) -> None:
+    """Raise ValueError for the first thing wrong with a cluster file.
+
+    Args:
+        cluster: all keys of conf/cluster/defaults.yaml.
+        member_time: ``resources.member.time``, already checked.
+    """
+    for key in ("account", "partition"):
+        _require(bool(cluster[key]), f"{key} is empty; name one")
+    for key, value in cluster["environment"].items():
+        _require("," not in str(value), f"environment.{key} holds a comma, which sbatch --export "
+                 "cannot pass on; set it in the container or in your shell")  # fmt: skip
+    margin, limit = cluster["signal_margin_s"], _seconds(member_time)
+    _require(margin >= 0, f"signal_margin_s is {margin}, expected 0 or more")
+    _require(limit > margin + _SIGNAL_MAY_BE_EARLY_S, f"signal_margin_s is {margin}, and Slurm may "
+             f"send the signal {_SIGNAL_MAY_BE_EARLY_S} s earlier still, but resources.member.time "
+             f"is only {limit:.0f} s: members would be told to stop as they start; allow them more "
+             "time or a smaller margin")  # fmt: skip
+
+
+def _seconds(time: str) -> float:
+    """Slurm's time formats that `_TIME` accepts: m, m:s, h:m:s, d-h:m, d-h:m:s; 0 is no limit."""
+    days, dash, clock = time.rpartition("-")
+    numbers = [int(number) for number in clock.split(":")]
+    from_hours = bool(dash) or len(numbers) == 3
+    hours, minutes, seconds = [*([] if from_hours else [0]), *numbers, 0][:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds or math.inf
 
 
 def _check_member(member: dict[str, Any]) -> None:

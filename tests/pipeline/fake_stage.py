@@ -59,6 +59,7 @@ def suffer(kind: str, directory: Path) -> None:
         os.kill(supervisor(directory), signal.SIGKILL)
         while not stop:
             time.sleep(0.1)
+        sys.exit(128 + signal.SIGTERM)  # without saving, whether Slurm's SIGKILL is first or not
     if kind == "hang":
         while True:
             time.sleep(1)

@@ -80,6 +80,29 @@ def test_a_cluster_file_needs_account_and_partition(sandbox: Sandbox, key: str) 
         load_recipe(sandbox.recipe)
 
 
+@pytest.mark.parametrize(
+    ("time", "margin", "refused"),
+    [("15", 840, True), ("15", 839, False), ("00:15:00", 840, True), ("15:00", 840, True),
+     ("15:01", 840, False), ("1-01:00", 89940, True), ("1-01:00", 89939, False),
+     ("1-01:00:01", 89940, False), ("0", 900, False), ("24:00:00", -1, True)],
+)  # fmt: skip
+def test_members_have_time_before_slurm_tells_them_to_stop(
+    sandbox: Sandbox, time: str, margin: int, refused: bool
+) -> None:
+    """The signal may come a minute early."""
+    sandbox.save(
+        launcher={"kind": "slurm"},
+        cluster="cpu",
+        cluster_overrides={"signal_margin_s": margin},
+        resources={"member": {"time": time}},
+    )
+    if not refused:
+        assert load_recipe(sandbox.recipe).cluster["signal_margin_s"] == margin
+        return
+    with pytest.raises(ValueError, match=rf"cpu.yaml: signal_margin_s is {margin}"):
+        load_recipe(sandbox.recipe)
+
+
 def test_seeds_differ_between_members_and_iterations(sandbox: Sandbox) -> None:
     sandbox.save(iterations=5, members=64)
     recipe = load_recipe(sandbox.recipe)

@@ -46,27 +46,28 @@ def supervisor_killed(make) -> None:
 
 
 def time_limit(make) -> None:
+    """Slurm signals 35 to 65 s after the start: up to a minute before the margin, never at once."""
     sandbox = make(
         "limit",
         member={
-            "run": {"total_steps": 140, "save_interval": 140},
+            "run": {"total_steps": 160, "save_interval": 160},
             "trainer": {"devices": 1, "accelerator": "cpu"},
         },
-        resources={"member": {"time": "00:01:00"}, "driver": {"memory": None}},
-        cluster_changes={"signal_margin_s": 50, "environment": SLOW},
+        resources={"member": {"time": "00:02:00"}, "driver": {"memory": None}},
+        cluster_changes={"signal_margin_s": 55, "environment": SLOW},
         members=1,
     )
     sandbox.submit()
     sandbox.wait_until_done()
-    first = sandbox.ending("iteration_01/member_01", 0)
-    assert first["exit_code"] == 85
-    assert "SIGUSR1" in first["reason"]
-    assert not first["asked"]
     tries = sandbox.attempts("iteration_01/member_01")
+    assert tries >= 2, "80 s of steps do not fit before the signal"
+    for number in range(tries - 1):
+        ending = sandbox.ending("iteration_01/member_01", number)
+        assert ending["exit_code"] == 85
+        assert "SIGUSR1" in ending["reason"]
+        assert not ending["asked"]
     steps = [sandbox.attempt("iteration_01/member_01", i)["step"] for i in range(tries)]
-    # The first signal may come before the program listens: Slurm sends it up to a minute early.
-    assert steps == sorted(steps)
-    assert len(set(steps)) > 2, "every attempt went on where the last one saved"
+    assert steps == sorted(set(steps)), "every attempt went on where the last one saved"
 
 
 def requeued_by_hand(make) -> None:
