@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
@@ -15,6 +17,17 @@ from nemo_warp.rewards.errors import RewardError
 from nemo_warp.rewards.scores import RewardScores
 
 _CONNECT_TIMEOUT_S = 10.0
+
+
+def _after_fork() -> None:
+    """gevent, which tritonclient connects with, waits for ever in a forked process otherwise."""
+    if "gevent" in sys.modules:
+        import gevent
+
+        gevent.reinit()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def check_ready(endpoint: Endpoint) -> None:

@@ -1,6 +1,7 @@
 """Real PyTriton servers and the client, when all is well and when it is not."""
 
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -56,6 +57,20 @@ def test_scores_are_vaders_own(vader):
     scores = _connected(vader).score(prompts, SENTENCES)
     np.testing.assert_array_equal(scores.scores, np.array(expected, np.float32))
     assert not scores.failed.any()
+
+
+def test_a_process_forked_after_asking_can_ask(vader):
+    def ask() -> None:
+        assert not _connected(vader).score([""], ["Rejoice!"]).failed.any()
+
+    ask()
+    forked = multiprocessing.get_context("fork").Process(target=ask)
+    forked.start()
+    try:
+        forked.join(30)
+        assert forked.exitcode == 0
+    finally:
+        forked.kill()
 
 
 def test_nemo_aligners_way_of_asking_works(vader):
