@@ -192,8 +192,9 @@ def _seconds(time: str) -> float:
     """Slurm's time formats that `_TIME` accepts: m, m:s, h:m:s, d-h:m, d-h:m:s; 0 is no limit."""
     days, dash, clock = time.rpartition("-")
     numbers = [int(number) for number in clock.split(":")]
-    from_hours = bool(dash) or len(numbers) == 3
-    hours, minutes, seconds = [*([] if from_hours else [0]), *numbers, 0][:3]
+    if not dash and len(numbers) < 3:  # begins with minutes
+        numbers = [0, *numbers]
+    hours, minutes, seconds = [*numbers, 0][:3]
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds or math.inf
 
 
