@@ -54,11 +54,11 @@ def _pairs(steps: dict[str, Callable], repetitions: int, times: dict, name: str)
 
 
 def _our_trainer(config: Any, size: Size) -> Any:
-    from nemo_warp.aligner.anchor import EmaAnchor
-    from nemo_warp.aligner.policy import build_policy
-    from nemo_warp.aligner.prompts import Prompt
-    from nemo_warp.aligner.stopping import StopRequest
-    from nemo_warp.aligner.trainer import WarpReinforceTrainer
+    from nemo_warp.aligner.entry.prompts import Prompt
+    from nemo_warp.aligner.member.stopping import StopRequest
+    from nemo_warp.aligner.member.trainer import WarpReinforceTrainer
+    from nemo_warp.aligner.policy.build import build_policy
+    from nemo_warp.aligner.weights.anchor import EmaAnchor
 
     policy, _ = build_policy(config, size.batch, config.run.total_steps)
     anchor = EmaAnchor(policy.model, config.algorithm.ema_update_rate)
@@ -106,7 +106,7 @@ def _swaps(trainer: Any) -> dict[str, Callable]:
 
 
 def _our_rewards(config: Any) -> Any:
-    from nemo_warp.aligner.rewards import RewardSource
+    from nemo_warp.aligner.sampling.rewards import RewardSource
     from nemo_warp.rewards.scores import RewardScores
 
     class Mixture:

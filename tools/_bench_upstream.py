@@ -32,7 +32,7 @@ def upstream_step(config: Any, size: Size) -> Callable:
     )
     from omegaconf import OmegaConf
 
-    from nemo_warp.aligner.nemo_config import nemo_config
+    from nemo_warp.aligner.policy.nemo_config import nemo_config
 
     tree = nemo_config(config, config.init, size.batch, config.run.total_steps)
     ptl = MegatronTrainerBuilder(tree).create_trainer()
@@ -120,7 +120,7 @@ class _TheirRewards:
     def infer_rm(self, rollout_batch: dict[str, torch.Tensor]) -> Any:
         from nemo_aligner.utils.distributed import broadcast_2d_tensor_within_mp
 
-        from nemo_warp.aligner.rewards import response_texts
+        from nemo_warp.aligner.sampling.rewards import response_texts
 
         scores = torch.as_tensor(score(response_texts(self._model, rollout_batch)))
         column = scores.float().to(torch.cuda.current_device()).unsqueeze(1)

@@ -22,10 +22,10 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from nemo_warp.pipeline.opening import open_run  # noqa: E402
-from nemo_warp.pipeline.plan import MEMBER, MERGE  # noqa: E402
-from nemo_warp.pipeline.recipe import Recipe, load_recipe  # noqa: E402
-from nemo_warp.pipeline.request import build_request  # noqa: E402
+from nemo_warp.pipeline.disk.opening import open_run  # noqa: E402
+from nemo_warp.pipeline.disk.request import build_request  # noqa: E402
+from nemo_warp.pipeline.recipe.load import Recipe, load_recipe  # noqa: E402
+from nemo_warp.pipeline.recipe.plan import MEMBER, MERGE  # noqa: E402
 from nemo_warp.records import (  # noqa: E402
     Completion,
     FileHash,

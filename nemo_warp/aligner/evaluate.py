@@ -7,17 +7,14 @@ measured; a restart continues with the next one.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_warp.aligner.entry import run_once
-from nemo_warp.aligner.prompts import read_prompts
-from nemo_warp.aligner.validation import (
+from nemo_warp.aligner.entry.frame import run_once
+from nemo_warp.aligner.entry.prompts import read_prompts
+from nemo_warp.aligner.entry.validation import (
     check_evaluation_sizes,
     check_layout,
     data_parallel_size,
@@ -26,7 +23,6 @@ from nemo_warp.aligner.validation import (
 )
 from nemo_warp.config import CONF_DIRECTORY, load_config, require_complete, to_plain
 
-POINTS_FILE = "points.jsonl"
 _MEMBER_SECTIONS = ("rollout", "algorithm", "reward_client", "evaluation", "trainer", "model")
 _MAX_ETA = 2.0
 
@@ -51,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         return config, Path(config.directory), texts
 
     def work(config: DictConfig, texts: list[str]) -> int:
-        from nemo_warp.aligner.front import measure_front
+        from nemo_warp.aligner.evaluation.front import measure_front
 
         return measure_front(config, texts)
 
@@ -92,28 +88,6 @@ def check_evaluation(config: DictConfig) -> list[str]:
             f"{count}"
         )
     return texts[:count]
-
-
-def wanted_points(config: DictConfig) -> Iterator[tuple[str, float]]:
-    """(base, eta) of every point of the front, in the order they are measured."""
-    bases = ["init"]
-    if config.towards_sft and config.sft != config.base:
-        bases.append("sft")
-    for base in bases:
-        for eta in config.etas:
-            yield base, float(eta)
-
-
-def measured_points(path: Path) -> dict[tuple[str, float], dict[str, Any]]:
-    """Points on record; an incomplete last line does not count."""
-    points = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            point = json.loads(line)
-            points[point["base"], float(point["eta"])] = point
-        except (ValueError, KeyError, TypeError):
-            continue
-    return points
 
 
 if __name__ == "__main__":

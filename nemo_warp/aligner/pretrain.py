@@ -38,7 +38,7 @@ def pretrain(config: DictConfig, documents: dict[str, list[str]]) -> dict[str, o
     from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerBuilder
     from nemo.utils import logging
 
-    from nemo_warp.aligner.document_gpt import DocumentGPTModel
+    from nemo_warp.aligner.policy.document_gpt import DocumentGPTModel
 
     logging.setLevel(logging.ERROR)  # NeMo warns of each configuration key left at its default
     torch.manual_seed(config.model.seed)

@@ -11,8 +11,12 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from nemo_warp.aligner.job import job_size
-from nemo_warp.aligner.validation import check_layout, data_parallel_size, read_model_config
+from nemo_warp.aligner.entry.job import job_size
+from nemo_warp.aligner.entry.validation import (
+    check_layout,
+    data_parallel_size,
+    read_model_config,
+)
 from nemo_warp.records import hash_file
 from nemo_warp.rewards.serve import add_serving_arguments, exit_code_of
 from nemo_warp.rewards.triton import Serving, log, serve
@@ -39,7 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
     activate()
     import torch
 
-    from nemo_warp.aligner.reward_model import (
+    from nemo_warp.aligner.reward_model.model import (
         RewardModelScorer,
         RewardModelSetup,
         load_reward_model,

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_warp import exit_codes
-from nemo_warp.aligner.entry import run_once
-from nemo_warp.aligner.prompts import read_prompts
-from nemo_warp.aligner.validation import max_prompt_tokens, validate_member
+from nemo_warp.aligner.entry.frame import run_once
+from nemo_warp.aligner.entry.prompts import read_prompts
+from nemo_warp.aligner.entry.validation import max_prompt_tokens, validate_member
 from nemo_warp.config import CONF_DIRECTORY, load_config, require_complete
 
 _EPILOG = f"""\
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         return config, Path(config.run.directory), prompts
 
     def work(config: Any, prompts: dict[str, list[str]]) -> int:
-        from nemo_warp.aligner.member import run_member
+        from nemo_warp.aligner.member.run import run_member
 
         return run_member(config, prompts, started)
 

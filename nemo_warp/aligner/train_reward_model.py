@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_warp import exit_codes
-from nemo_warp.aligner.entry import refuse
-from nemo_warp.aligner.validation import (
+from nemo_warp.aligner.entry.frame import refuse
+from nemo_warp.aligner.entry.validation import (
     check_layout,
     context_length,
     data_parallel_size,
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from nemo_warp.aligner.compat import activate
 
     activate()
-    from nemo_warp.aligner.reward_training import train_reward_model
+    from nemo_warp.aligner.reward_model.training import train_reward_model
 
     try:
         train_reward_model(config)

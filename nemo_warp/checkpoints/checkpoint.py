@@ -15,13 +15,13 @@ from typing import Any, Protocol
 import torch
 import yaml
 
-from nemo_warp.checkpoints.archive import Archive, open_archive
+from nemo_warp.checkpoints.containers.archive import Archive, open_archive
+from nemo_warp.checkpoints.containers.image import CheckpointImage, DtypeRule, FileImage
 from nemo_warp.checkpoints.errors import CheckpointError
-from nemo_warp.checkpoints.image import CheckpointImage, DtypeRule, FileImage
+from nemo_warp.checkpoints.formats.rank_files import FILE, RankFileStore, rank_files
+from nemo_warp.checkpoints.formats.torch_dist import TorchDistStore
+from nemo_warp.checkpoints.formats.zarr import DESCRIPTION, ZarrStore
 from nemo_warp.checkpoints.logical import LogicalTensor
-from nemo_warp.checkpoints.rank_files import FILE, RankFileStore, rank_files
-from nemo_warp.checkpoints.torch_dist import TorchDistStore
-from nemo_warp.checkpoints.zarr import DESCRIPTION, ZarrStore
 
 _YamlLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 MERGEABLE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

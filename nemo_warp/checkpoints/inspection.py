@@ -19,20 +19,20 @@ import numpy as np
 import torch
 
 from nemo_warp.checkpoints.checkpoint import PROVENANCE, Checkpoint
-from nemo_warp.checkpoints.crc import crc32
-from nemo_warp.checkpoints.direct import pages
 from nemo_warp.checkpoints.errors import CheckpointError
-from nemo_warp.checkpoints.logical import LogicalTensor
-from nemo_warp.checkpoints.names import depth_of, group_of, group_order
-from nemo_warp.checkpoints.parts import Part
-from nemo_warp.checkpoints.reading import (
+from nemo_warp.checkpoints.io.crc import crc32
+from nemo_warp.checkpoints.io.direct import pages
+from nemo_warp.checkpoints.io.parts import Part
+from nemo_warp.checkpoints.io.reading import (
     FileCache,
     check_records,
     check_replicas,
     read_slab,
     slab_room,
 )
-from nemo_warp.checkpoints.slabs import slabs_of
+from nemo_warp.checkpoints.io.slabs import slabs_of
+from nemo_warp.checkpoints.logical import LogicalTensor
+from nemo_warp.checkpoints.names import depth_of, group_of, group_order
 from nemo_warp.checkpoints.vocabulary import true_rows, true_vocab_size
 
 

@@ -10,8 +10,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from nemo_warp.checkpoints.archive import Archive
 from nemo_warp.checkpoints.checkpoint import Checkpoint
+from nemo_warp.checkpoints.containers.archive import Archive
 from nemo_warp.checkpoints.logical import LogicalTensor
 
 VOCABULARY_TENSORS = ("embedding.word_embeddings.weight", "output_layer.weight")

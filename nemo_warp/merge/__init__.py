@@ -12,17 +12,17 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemo_warp.merge import loops
+from nemo_warp.merge.compute import loops
 from nemo_warp.merge.execute import execute
-from nemo_warp.merge.meter import Meter, summary
 from nemo_warp.merge.options import MergeOptions, outputs_of
 from nemo_warp.merge.plan import MergePlan, make_plan, open_inputs
+from nemo_warp.merge.publish.verify import verify_outputs
 from nemo_warp.merge.ranks import World, world_from_environment
-from nemo_warp.merge.report import write_report
+from nemo_warp.merge.report.meter import Meter, summary
+from nemo_warp.merge.report.report import write_report
+from nemo_warp.merge.report.statistics import merge_statistics
 from nemo_warp.merge.results import MergeResult
 from nemo_warp.merge.run import Run
-from nemo_warp.merge.statistics import merge_statistics
-from nemo_warp.merge.verify import verify_outputs
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ import numpy
 import torch
 
 from nemo_warp.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from nemo_warp.checkpoints.containers.image import CheckpointImage
 from nemo_warp.checkpoints.errors import CheckpointError
-from nemo_warp.checkpoints.image import CheckpointImage
 from nemo_warp.checkpoints.logical import LogicalTensor
 from nemo_warp.checkpoints.names import group_of, group_order
 from nemo_warp.checkpoints.vocabulary import VOCABULARY_TENSORS, true_vocab_size

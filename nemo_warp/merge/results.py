@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from nemo_warp.checkpoints.parts import Part
+from nemo_warp.checkpoints.io.parts import Part
 from nemo_warp.merge.plan import MergePlan
 
 
@@ -108,7 +108,7 @@ class MergeResult:
 
     Attributes:
         groups: in canonical order.
-        timing: see `nemo_warp.merge.meter.Meter.read`.
+        timing: see `nemo_warp.merge.report.meter.Meter.read`.
     """
 
     plan: MergePlan

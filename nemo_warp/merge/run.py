@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
+from nemo_warp.merge.compute.engine import Engine
+from nemo_warp.merge.compute.passes import Pass
 from nemo_warp.merge.decisions import refuse_similar, unit_coefficients
-from nemo_warp.merge.engine import Engine
-from nemo_warp.merge.journal import Journal
-from nemo_warp.merge.output import Output, check_space
-from nemo_warp.merge.passes import Pass
 from nemo_warp.merge.plan import GroupPlan, MergePlan
-from nemo_warp.merge.provenance import provenance_bytes
+from nemo_warp.merge.publish.journal import Journal
+from nemo_warp.merge.publish.output import Output, check_space
+from nemo_warp.merge.publish.provenance import provenance_bytes
 from nemo_warp.merge.ranks import Meeting, World
 from nemo_warp.merge.results import GroupResult, MergeResult, exact_sum
 

@@ -22,14 +22,15 @@ from typing import Any
 import yaml
 
 from nemo_warp import exit_codes
-from nemo_warp.pipeline import attempts, locks, slurm, slurm_jobs
-from nemo_warp.pipeline.paths import StagePaths
-from nemo_warp.pipeline.plan import Stage
-from nemo_warp.pipeline.recipe import Recipe, load_recipe
-from nemo_warp.pipeline.request import Request, build_request, read_request
-from nemo_warp.pipeline.state import Status, inspect, is_done
-from nemo_warp.pipeline.steps import Allocation, slurm_allocation
-from nemo_warp.pipeline.supervise import Outcome, Supervisor
+from nemo_warp.pipeline.disk import attempts, locks
+from nemo_warp.pipeline.disk.request import Request, build_request, read_request
+from nemo_warp.pipeline.disk.state import Status, inspect, is_done
+from nemo_warp.pipeline.launch import slurm, slurm_jobs
+from nemo_warp.pipeline.launch.steps import Allocation, slurm_allocation
+from nemo_warp.pipeline.launch.supervise import Outcome, Supervisor
+from nemo_warp.pipeline.recipe.load import Recipe, load_recipe
+from nemo_warp.pipeline.recipe.paths import StagePaths
+from nemo_warp.pipeline.recipe.plan import Stage
 from nemo_warp.records import (
     RecordError,
     code_version,

@@ -80,7 +80,7 @@ def member_config(materials: Materials, directory: Path, layout: Layout = SINGLE
 
 def given_rollouts(seed: int, prompts: int = 4, samples: int = 2) -> Any:
     """Random rollouts that do not come from a policy; one of them is truncated, none failed."""
-    from nemo_warp.aligner.rollouts import Rollouts
+    from nemo_warp.aligner.sampling.rollouts import Rollouts
 
     generator = torch.Generator().manual_seed(seed)
     batch = prompts * samples
@@ -102,10 +102,10 @@ def given_rollouts(seed: int, prompts: int = 4, samples: int = 2) -> Any:
 
 def build_trainer(config: Any) -> Any:
     """A trainer that is fed rollouts by hand: no prompts, rewards, evaluation or log."""
-    from nemo_warp.aligner.anchor import EmaAnchor
-    from nemo_warp.aligner.policy import build_policy
-    from nemo_warp.aligner.stopping import StopRequest
-    from nemo_warp.aligner.trainer import WarpReinforceTrainer
+    from nemo_warp.aligner.member.stopping import StopRequest
+    from nemo_warp.aligner.member.trainer import WarpReinforceTrainer
+    from nemo_warp.aligner.policy.build import build_policy
+    from nemo_warp.aligner.weights.anchor import EmaAnchor
 
     rollout = config.rollout
     batch = rollout.prompts_per_step * rollout.samples_per_prompt

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_warp.checkpoints import crc
+from nemo_warp.checkpoints.containers.image import retype_pickle
+from nemo_warp.checkpoints.containers.torch_zip import ZipEntry, ZipImage, read_torch_zip
 from nemo_warp.checkpoints.errors import CheckpointError
-from nemo_warp.checkpoints.image import retype_pickle
+from nemo_warp.checkpoints.io import crc
+from nemo_warp.checkpoints.io.parts import joined_crc32
 from nemo_warp.checkpoints.logical import (
     LogicalTensor,
     Patch,
@@ -22,8 +24,6 @@ from nemo_warp.checkpoints.logical import (
     check_tiling,
     patches_of_block,
 )
-from nemo_warp.checkpoints.parts import joined_crc32
-from nemo_warp.checkpoints.torch_zip import ZipEntry, ZipImage, read_torch_zip
 
 
 def saved(path: Path, value) -> Record:

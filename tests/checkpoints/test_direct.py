@@ -8,8 +8,8 @@ import os
 import numpy as np
 import pytest
 
-from nemo_warp.checkpoints import direct
-from nemo_warp.checkpoints.direct import ALIGNMENT, DirectFile, pages, room_for
+from nemo_warp.checkpoints.io import direct
+from nemo_warp.checkpoints.io.direct import ALIGNMENT, DirectFile, pages, room_for
 
 PLACES = [(0, 1 << 17), (1, 1 << 17), (4095, 300_001), (4096, 70_000), (8191, 65_536), (77, 12)]
 

@@ -13,9 +13,9 @@ import pytest
 from synthetic_checkpoints import tiny_weights, write_nemo, write_torch_dist
 
 from nemo_warp import exit_codes
-from nemo_warp.checkpoints.direct import reserve
+from nemo_warp.checkpoints.io.direct import reserve
 from nemo_warp.merge import cli, merge, plan
-from nemo_warp.merge.output import Output
+from nemo_warp.merge.publish.output import Output
 from nemo_warp.records import code_version
 
 ETAS = (0.3, 1.0)

@@ -15,9 +15,9 @@ from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from nemo_warp.checkpoints.checkpoint import open_checkpoint
+from nemo_warp.checkpoints.formats.torch_dist import boxes_of_range
 from nemo_warp.checkpoints.inspection import read_tensor
-from nemo_warp.checkpoints.reading import FileCache
-from nemo_warp.checkpoints.torch_dist import boxes_of_range
+from nemo_warp.checkpoints.io.reading import FileCache
 from nemo_warp.merge import merge
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

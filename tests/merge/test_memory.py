@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from nemo_warp.merge.memory import Memory
+from nemo_warp.merge.compute.memory import Memory
 
 
 def test_the_limit_holds_whatever_is_taken_and_given():

@@ -16,12 +16,13 @@ from ranks import run_ranks
 from synthetic_checkpoints import read_torch_dist, tiny_weights, write_nemo, write_torch_dist
 
 from nemo_warp import exit_codes
-from nemo_warp.checkpoints import direct, slabs
 from nemo_warp.checkpoints.checkpoint import open_checkpoint
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.inspection import diff, hash_weights
-from nemo_warp.merge import cli, merge, writer
-from nemo_warp.merge.kernel import rounding_noise
+from nemo_warp.checkpoints.io import direct, slabs
+from nemo_warp.merge import cli, merge
+from nemo_warp.merge.compute import writer
+from nemo_warp.merge.compute.kernel import rounding_noise
 from nemo_warp.records import code_version
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -93,7 +94,7 @@ def test_a_failing_rank_stops_the_merge(tmp_path, models):
 
 
 def test_an_input_that_changes_on_the_way_is_refused(tmp_path, models, monkeypatch):
-    from nemo_warp.merge.engine import Engine
+    from nemo_warp.merge.compute.engine import Engine
 
     policy = shutil.copy(models["b"], tmp_path / "b.nemo")
     honest = Engine.merge
@@ -272,7 +273,7 @@ def test_bf16_distortion_is_reported_and_remedied(tmp_path):
 
 
 def test_verify_notices_a_changed_output(tmp_path, models, monkeypatch):
-    from nemo_warp.merge.kernel import Kernel
+    from nemo_warp.merge.compute.kernel import Kernel
 
     honest = Kernel.combine
 

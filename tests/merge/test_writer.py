@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_warp.checkpoints.direct import ALIGNMENT
+from nemo_warp.checkpoints.io.direct import ALIGNMENT
+from nemo_warp.checkpoints.io.slabs import Slab
 from nemo_warp.checkpoints.logical import LogicalTensor, Patch, Record
-from nemo_warp.checkpoints.slabs import Slab
-from nemo_warp.merge import writer
-from nemo_warp.merge.writer import Writer
+from nemo_warp.merge.compute import writer
+from nemo_warp.merge.compute.writer import Writer
 
 ROWS, COLS, WIDTH = 3000, 100, 2
 BASE, START = 640, 192

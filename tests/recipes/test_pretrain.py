@@ -14,7 +14,7 @@ from nemo_warp import exit_codes
 
 
 def test_documents_become_rows_with_eos_padding_and_mask(nemo):
-    from nemo_warp.aligner.document_gpt import DocumentDataset
+    from nemo_warp.aligner.policy.document_gpt import DocumentDataset
 
     data = DocumentDataset([[5, 6], [7, 8, 9, 10, 11]], 4, eos_id=2, num_samples=2, seed=None)
     short, long = data[0], data[1]
@@ -28,7 +28,7 @@ def test_documents_become_rows_with_eos_padding_and_mask(nemo):
 
 
 def test_each_pass_meets_each_document_once_in_its_own_order(nemo):
-    from nemo_warp.aligner.document_gpt import DocumentDataset
+    from nemo_warp.aligner.policy.document_gpt import DocumentDataset
 
     documents = [[i] for i in range(10, 60)]
     data = DocumentDataset(documents, 2, eos_id=2, num_samples=120, seed=3)

@@ -91,7 +91,7 @@ def test_it_learns_what_vader_prefers(reward_model):
 
 
 def _in_process(model_path: Path, texts: list[str]) -> list[float]:
-    from nemo_warp.aligner.reward_model import RewardModelSetup, load_reward_model
+    from nemo_warp.aligner.reward_model.model import RewardModelSetup, load_reward_model
 
     model = load_reward_model(RewardModelSetup(model_path, micro_batch_size=4))
     return model.infer(texts)[:, 0].tolist()

@@ -16,8 +16,8 @@ import yaml
 from cluster import Cluster
 from sandbox import ROOT, Sandbox
 
-from nemo_warp.pipeline import slurm_jobs
-from nemo_warp.pipeline.recipe import load_recipe
+from nemo_warp.pipeline.launch import slurm_jobs
+from nemo_warp.pipeline.recipe.load import load_recipe
 
 PATIENCE_S = 240.0
 

@@ -14,7 +14,7 @@ JOB = """
 import os, sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from nemo_warp.pipeline.steps import RunningStep, Step, slurm_allocation
+from nemo_warp.pipeline.launch.steps import RunningStep, Step, slurm_allocation
 
 out = Path({out!r})
 cluster = dict(step_python=sys.executable, srun=[], gpu_option="--gpus-per-node",

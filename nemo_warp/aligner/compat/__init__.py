@@ -5,7 +5,7 @@
     from nemo_warp.aligner.compat import activate
 
     activate()
-    from nemo_warp.aligner import trainer
+    from nemo_warp.aligner.member import trainer
 
 * `stand_ins` takes the place of apex, Transformer Engine and TensorRT-LLM where they are absent;
 * `cuda_on_cpu` answers CUDA calls on machines without a GPU.

@@ -9,10 +9,10 @@ from functools import wraps
 from pathlib import Path
 
 from nemo_warp import exit_codes
-from nemo_warp.pipeline import slurm, slurm_jobs
-from nemo_warp.pipeline.locks import LockHeldError
-from nemo_warp.pipeline.recipe import Recipe, load_recipe
-from nemo_warp.pipeline.state import QueuedJob
+from nemo_warp.pipeline.disk.locks import LockHeldError
+from nemo_warp.pipeline.disk.state import QueuedJob
+from nemo_warp.pipeline.launch import slurm, slurm_jobs
+from nemo_warp.pipeline.recipe.load import Recipe, load_recipe
 
 EXIT_CODES = f"""\
 exit codes:

@@ -7,16 +7,16 @@ import shlex
 from collections.abc import Iterator
 
 from nemo_warp import exit_codes
-from nemo_warp.pipeline import programs, slurm_jobs
 from nemo_warp.pipeline.commands.common import add_recipe, in_words, load
-from nemo_warp.pipeline.estimate import costs, disk_bytes
-from nemo_warp.pipeline.plan import MEMBER, MERGE, Stage
-from nemo_warp.pipeline.recipe import Recipe
-from nemo_warp.pipeline.request import planned_request
-from nemo_warp.pipeline.rounds import driver_waits_for, submit_missing
-from nemo_warp.pipeline.state import StageState, Status
-from nemo_warp.pipeline.steps import Allocation
-from nemo_warp.pipeline.validate import check_files
+from nemo_warp.pipeline.commands.estimate import costs, disk_bytes
+from nemo_warp.pipeline.disk.request import planned_request
+from nemo_warp.pipeline.disk.state import StageState, Status
+from nemo_warp.pipeline.launch import programs, slurm_jobs
+from nemo_warp.pipeline.launch.rounds import driver_waits_for, submit_missing
+from nemo_warp.pipeline.launch.steps import Allocation
+from nemo_warp.pipeline.recipe.load import Recipe
+from nemo_warp.pipeline.recipe.plan import MEMBER, MERGE, Stage
+from nemo_warp.pipeline.recipe.validate import check_files
 
 EPILOG = """\
 Writes nothing and asks Slurm nothing. Job ids are shown as JOB1, JOB2, ..., nodes as node1, ...

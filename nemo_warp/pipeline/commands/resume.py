@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from nemo_warp.pipeline import attempts
 from nemo_warp.pipeline.commands.common import EXIT_CODES, add_recipe, existing, in_words, queue_of
 from nemo_warp.pipeline.commands.run import go
-from nemo_warp.pipeline.state import Status, inspect
+from nemo_warp.pipeline.disk import attempts
+from nemo_warp.pipeline.disk.state import Status, inspect
 
 EPILOG = f"""\
 Removes the run's STOP file, gives failed stages a fresh budget of attempts, and runs what is

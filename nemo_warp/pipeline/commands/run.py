@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 
 from nemo_warp import exit_codes
-from nemo_warp.pipeline import locks
 from nemo_warp.pipeline.commands.common import EXIT_CODES, add_recipe, in_words, load
-from nemo_warp.pipeline.local import LocalDriver
-from nemo_warp.pipeline.opening import open_run
-from nemo_warp.pipeline.recipe import Recipe
-from nemo_warp.pipeline.rounds import run_round
-from nemo_warp.pipeline.validate import check_files
-from nemo_warp.pipeline.view import Live
+from nemo_warp.pipeline.commands.view import Live
+from nemo_warp.pipeline.disk import locks
+from nemo_warp.pipeline.disk.opening import open_run
+from nemo_warp.pipeline.launch.local import LocalDriver
+from nemo_warp.pipeline.launch.rounds import run_round
+from nemo_warp.pipeline.recipe.load import Recipe
+from nemo_warp.pipeline.recipe.validate import check_files
 
 EPILOG = f"""\
 What is on disk decides what is left to do, so run it as often as you like: what is done is not

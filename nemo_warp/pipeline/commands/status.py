@@ -9,12 +9,13 @@ from dataclasses import asdict
 from typing import Any
 
 from nemo_warp import exit_codes
-from nemo_warp.pipeline import locks, slurm, slurm_jobs
 from nemo_warp.pipeline.commands.common import EXIT_CODES, add_recipe, existing, in_words
-from nemo_warp.pipeline.progress import measure
-from nemo_warp.pipeline.recipe import Recipe
-from nemo_warp.pipeline.state import QueuedJob, StageState, Status, counts, exit_code, inspect
-from nemo_warp.pipeline.view import table
+from nemo_warp.pipeline.commands.view import table
+from nemo_warp.pipeline.disk import locks
+from nemo_warp.pipeline.disk.progress import measure
+from nemo_warp.pipeline.disk.state import QueuedJob, StageState, Status, counts, exit_code, inspect
+from nemo_warp.pipeline.launch import slurm, slurm_jobs
+from nemo_warp.pipeline.recipe.load import Recipe
 
 EPILOG = f"""\
 Reads the run directory (and the queue, under Slurm); writes nothing.

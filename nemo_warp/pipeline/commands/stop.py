@@ -6,10 +6,10 @@ import argparse
 import time
 
 from nemo_warp import exit_codes
-from nemo_warp.pipeline import slurm
 from nemo_warp.pipeline.commands.common import add_recipe, existing, in_words, queue_of
-from nemo_warp.pipeline.recipe import Recipe
-from nemo_warp.pipeline.state import Status, inspect
+from nemo_warp.pipeline.disk.state import Status, inspect
+from nemo_warp.pipeline.launch import slurm
+from nemo_warp.pipeline.recipe.load import Recipe
 
 EPILOG = """\
 Writes the run's STOP file: running members save at the next step and end, nothing new starts, no

@@ -1,0 +1,34 @@
+"""The points of a front: which are wanted, and which are on record. No NeMo."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+POINTS_FILE = "points.jsonl"
+
+
+def wanted_points(config: DictConfig) -> Iterator[tuple[str, float]]:
+    """(base, eta) of every point of the front, in the order they are measured."""
+    bases = ["init"]
+    if config.towards_sft and config.sft != config.base:
+        bases.append("sft")
+    for base in bases:
+        for eta in config.etas:
+            yield base, float(eta)
+
+
+def measured_points(path: Path) -> dict[tuple[str, float], dict[str, Any]]:
+    """Points on record; an incomplete last line does not count."""
+    points = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            point = json.loads(line)
+            points[point["base"], float(point["eta"])] = point
+        except (ValueError, KeyError, TypeError):
+            continue
+    return points

@@ -1,0 +1,109 @@
+"""What a rollout batch asks of the optimizer: KL-regularised rewards, advantages, token weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_warp.aligner.sampling.rollouts import Rollouts, gather_rows, local_rows
+from nemo_warp.aligner.sampling.timings import Timings
+from nemo_warp.aligner.weights.sharded import ShardedWeights
+from nemo_warp.core.reinforce import compute_advantages, sequence_kl, token_weights
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one rollout gives the optimizer, and what there is to report about it.
+
+    Attributes:
+        data: ``response_tokens`` int64 [B, S] and ``weights`` float32 [B, S-1], the global batch.
+        kl: float32 [B], KL estimate to the anchor of each response (0 without an anchor).
+        metrics: numbers for the log.
+    """
+
+    data: dict[str, Tensor]
+    kl: Tensor
+    metrics: dict[str, float]
+
+
+class Objective:
+    """WARP, Algorithm 1, lines 7 and 8, on the global batch; equal on every rank.
+
+    Args:
+        config: the member's configuration (``algorithm``, ``rollout``, ``length_penalty``).
+        reference: weights of the KL reference: the anchor's, the SFT policy's, or None.
+        timings: where the time of the log-probabilities goes.
+    """
+
+    def __init__(
+        self, config: Any, model: Any, reference: ShardedWeights | None, timings: Timings
+    ) -> None:
+        self.config = config
+        self.model = model
+        self.reference = reference
+        self.timings = timings
+
+    @property
+    def baseline(self) -> str:
+        """The baseline in use: leave-one-out needs more than one sample per prompt."""
+        algorithm, rollout = self.config.algorithm, self.config.rollout
+        alone = algorithm.baseline == "leave_one_out" and rollout.samples_per_prompt == 1
+        return "batch_mean" if alone else algorithm.baseline
+
+    @torch.no_grad()
+    def batch(self, rollouts: Rollouts) -> Batch:
+        """Loss weights of every token, for the present policy and reference. Collective."""
+        algorithm = self.config.algorithm
+        valid = ~rollouts.failed
+        if algorithm.exclude_truncated:
+            valid = valid & rollouts.is_end
+        kl = self._kl_to_reference(rollouts)
+        penalty = self.config.length_penalty * rollouts.response_lengths
+        regularised = rollouts.rewards - penalty - algorithm.kl_coefficient * kl
+        advantages = compute_advantages(regularised, self._groups(), valid, self.baseline)
+        weights = token_weights(advantages, rollouts.mask, algorithm.policy_reduction)
+        metrics = {
+            "reward": _mean(rollouts.rewards, ~rollouts.failed),
+            "regularised_reward": _mean(regularised, valid),
+            "advantage_std": _mean(advantages.values.square(), advantages.used) ** 0.5,
+            "length": rollouts.response_lengths.float().mean().item(),
+            "ended_share": rollouts.is_end.float().mean().item(),
+            "failed_rewards": int(rollouts.failed.sum()),
+            "samples_used": int(advantages.used.sum()),
+        }
+        if self.reference is not None:
+            metrics["kl_to_anchor"] = kl.mean().item()
+        return Batch({"response_tokens": rollouts.tokens, "weights": weights}, kl, metrics)
+
+    def _groups(self) -> Tensor:
+        """Which prompt of the step each sample answers, int64 [B]."""
+        rollout = self.config.rollout
+        slots = torch.arange(rollout.prompts_per_step, device=torch.cuda.current_device())
+        return slots.repeat_interleave(rollout.samples_per_prompt)
+
+    def _kl_to_reference(self, rollouts: Rollouts) -> Tensor:
+        """KL estimate of each response, float32 [B]; each rank computes its own rows."""
+        if self.reference is None:
+            return torch.zeros_like(rollouts.rewards)
+        rows = local_rows(len(rollouts.tokens))
+        with self.timings.measure("log_prob"):
+            log_probs = self.model.get_inference_log_probs(rollouts.tokens[rows])
+        with self.timings.measure("anchor_log_prob"), self.reference.in_place():
+            anchor_log_probs = self.model.get_inference_log_probs(rollouts.tokens[rows])
+        algorithm = self.config.algorithm
+        kl = sequence_kl(
+            log_probs,
+            anchor_log_probs,
+            rollouts.mask[rows],
+            algorithm.kl_estimator,
+            algorithm.kl_reduction,
+        )
+        return gather_rows(kl)
+
+
+def _mean(values: Tensor, where: Tensor) -> float:
+    """Mean over the samples that count; NaN if there are none."""
+    return values[where].mean().item()

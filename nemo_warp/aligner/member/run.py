@@ -1,0 +1,194 @@
+"""One member from its checked configuration to its completion record."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from nemo.utils import logging
+
+from nemo_warp import exit_codes
+from nemo_warp.aligner.entry.prompts import Prompt, tokenize
+from nemo_warp.aligner.entry.validation import max_prompt_tokens
+from nemo_warp.aligner.entry.versions import package_versions
+from nemo_warp.aligner.evaluation.evaluator import Evaluator
+from nemo_warp.aligner.member.metrics import MetricsLog, SilentLog
+from nemo_warp.aligner.member.stopping import StopRequest
+from nemo_warp.aligner.member.trainer import Outcome, WarpReinforceTrainer
+from nemo_warp.aligner.policy.build import Policy, build_policy
+from nemo_warp.aligner.sampling.rewards import RewardSource
+from nemo_warp.aligner.weights import training_checkpoint
+from nemo_warp.aligner.weights.anchor import EmaAnchor, describe_memory
+from nemo_warp.aligner.weights.export import export_policy
+from nemo_warp.aligner.weights.sharded import ShardedWeights
+from nemo_warp.config import identity_hash, to_plain
+from nemo_warp.core.seeds import order_hash
+from nemo_warp.records import (
+    Completion,
+    code_version,
+    hash_file,
+    write_completion,
+    write_json_atomically,
+)
+
+EXIT_CODES = {
+    Outcome.DONE: exit_codes.DONE,
+    Outcome.STOPPED: exit_codes.STOPPED_RESUMABLE,
+    Outcome.REWARDS_FAILED: exit_codes.REWARDS_FAILED,
+    Outcome.KL_LIMIT: exit_codes.KL_LIMIT,
+}
+POLICY_FILE = "policy.nemo"
+
+
+def run_member(config: Any, texts: dict[str, list[str]], started: float) -> int:
+    """Train to step T, or stop resumably. Collective; call after `compat.activate`.
+
+    Args:
+        config: checked by `train.check_member`.
+        texts: the ``train`` and ``heldout`` prompts.
+        started: when the process began (s since the epoch), for the time limit.
+
+    Returns:
+        An exit code of `nemo_warp.exit_codes`.
+    """
+    stop = StopRequest(config.run.time_limit, config.run.save_margin, started)
+    stop.install()
+    member = build_member(config, texts, stop)
+    outcome = member.trainer.fit()
+    if outcome is Outcome.DONE:
+        finish(config, texts, member)
+    member.trainer.log.close()
+    member.trainer.rewards.close()
+    return EXIT_CODES[outcome]
+
+
+@dataclass(frozen=True)
+class Member:
+    """What `build_member` made."""
+
+    policy: Policy
+    trainer: WarpReinforceTrainer
+
+
+def build_member(config: Any, texts: dict[str, list[str]], stop: StopRequest) -> Member:
+    """Load, restore and connect everything one member needs."""
+    rollout = config.rollout
+    batch = rollout.prompts_per_step * rollout.samples_per_prompt
+    others = () if config.sft == config.init else (config.sft,)
+    policy, shards = build_policy(
+        config, batch // rollout.updates_per_rollout, config.run.total_steps, others
+    )
+    model = policy.model
+    offload = config.algorithm.offload_anchor
+    sft = policy.other_weights(shards.get(config.sft), offload)
+    anchor = None
+    if config.algorithm.anchor == "ema":
+        anchor = EmaAnchor(model, config.algorithm.ema_update_rate, offload)
+    reference = {"ema": anchor and anchor.weights, "sft": sft, "none": None}
+    state = _resume(config, policy, anchor)
+    rewards = RewardSource(config, config.run.name)
+    rewards.connect(state["rewards"])
+    prompts = {name: _tokenize(config, model, name, texts[name]) for name in texts}
+    evaluator = Evaluator(
+        config, model, prompts["heldout"][: config.evaluation.num_prompts], rewards, sft
+    )
+    trainer = WarpReinforceTrainer(
+        config=config,
+        model=model,
+        optimizer=policy.optimizer,
+        scheduler=policy.scheduler,
+        prompts=prompts["train"],
+        rewards=rewards,
+        anchor=anchor,
+        reference=reference[config.algorithm.anchor],
+        evaluator=evaluator,
+        log=_open_log(config, state["step"]),
+        stop=stop,
+        step=state["step"],
+        evaluated=state["evaluated"],
+    )
+    _announce(trainer, {"sft": sft} | ({"anchor": anchor.weights} if anchor else {}))
+    return Member(policy, trainer)
+
+
+def finish(config: Any, texts: dict[str, list[str]], member: Member) -> None:
+    """Export the policy of step T and write the completion record, last."""
+    trainer = member.trainer
+    directory = Path(config.run.directory)
+    output = directory / POLICY_FILE
+    name = training_checkpoint.checkpoint_name(trainer.step)
+    export_policy(
+        member.policy.model,
+        Path(config.init),
+        output,
+        config.export.dtype,
+        trainer.checkpoints / name,
+    )
+    fingerprints = trainer.rewards.fingerprints
+    if torch.distributed.get_rank() == 0:
+        details = {
+            "step": trainer.step,
+            "total_steps": config.run.total_steps,
+            "seed": config.run.seed,
+            "evaluation_seed": config.evaluation.seed,
+            "prompt_order_hash": order_hash(texts["train"], config.run.seed),
+            "dtype": config.export.dtype,
+            "rewards": fingerprints,
+            "baseline": trainer.objective.baseline,
+        }
+        record = Completion(
+            kind="member",
+            config_hash=identity_hash(to_plain(config)),
+            files={POLICY_FILE: hash_file(output)},
+            details=details,
+            code_version=code_version(),
+            versions=package_versions(),
+        )
+        write_completion(directory, record)
+    torch.distributed.barrier()
+
+
+def _resume(config: Any, policy: Policy, anchor: EmaAnchor | None) -> dict[str, Any]:
+    directory = Path(config.run.directory) / "checkpoints"
+    checkpoints = training_checkpoint.completed_checkpoints(directory)
+    if not checkpoints:
+        return {"step": 0, "evaluated": False, "rewards": None}
+    state = training_checkpoint.read_trainer_state(checkpoints[-1])
+    training_checkpoint.load(checkpoints[-1], policy.model, anchor)
+    return state
+
+
+def _tokenize(config: Any, model: Any, name: str, texts: list[str]) -> list[Prompt]:
+    return tokenize(
+        texts, model.tokenizer, max_prompt_tokens(config, config.init), Path(config.prompts[name])
+    )
+
+
+def _open_log(config: Any, step: int) -> MetricsLog | SilentLog:
+    if torch.distributed.get_rank() != 0:
+        return SilentLog()
+    directory = Path(config.run.directory)
+    plain = to_plain(config)
+    write_json_atomically(
+        directory / "provenance.json",
+        {"config": plain, "code_version": code_version(), "versions": package_versions(),
+         "slurm_job_id": os.environ.get("SLURM_JOB_ID"), "resumed_at_step": step},
+    )  # fmt: skip
+    return MetricsLog(directory, config.loggers, plain, step, config.run.name)
+
+
+def _announce(trainer: WarpReinforceTrainer, weights: dict[str, ShardedWeights]) -> None:
+    """What this run does, in the log: estimator, baseline, reductions, memory."""
+    algorithm = trainer.config.algorithm
+    logging.info(describe_memory(weights))
+    logging.info(
+        f"reward - {algorithm.kl_coefficient} * KL to {algorithm.anchor} anchor; KL estimator "
+        f"{algorithm.kl_estimator}, {algorithm.kl_reduction} over the response; baseline "
+        f"{trainer.objective.baseline}; policy loss {algorithm.policy_reduction}; "
+        f"log-probabilities at temperature {algorithm.log_prob_temperature}, sampling at "
+        f"{trainer.config.rollout.temperature}"
+    )
+    logging.info(f"starting at step {trainer.step} of {trainer.config.run.total_steps}")

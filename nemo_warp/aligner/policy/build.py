@@ -1,0 +1,76 @@
+"""Build the policy: NeMo trainer, model and optimizer, from a ``.nemo`` and a configuration."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerBuilder
+from nemo_aligner.utils.train_script_utils import (
+    extract_optimizer_scheduler_from_ptl_model,
+    init_distributed,
+    init_using_ptl,
+)
+from nemo_aligner.utils.utils import load_from_nemo
+from omegaconf import DictConfig
+
+from nemo_warp.aligner.policy.actor import WarpActorModel
+from nemo_warp.aligner.policy.nemo_config import nemo_config
+from nemo_warp.aligner.weights.sharded import ShardedWeights
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A model that is ready to generate and to train."""
+
+    model: WarpActorModel
+    optimizer: Any
+    scheduler: Any
+
+    def other_weights(self, shard: torch.Tensor | None, offload: bool = False) -> ShardedWeights:
+        """Weights for this model from a slice of `read_shards`; its own if None."""
+        weights = ShardedWeights(self.model, offload)
+        if shard is not None:
+            weights.shard.copy_(shard)
+        return weights
+
+
+def build_policy(
+    config: DictConfig, global_batch_size: int, max_steps: int, others: tuple[str, ...] = ()
+) -> tuple[Policy, dict[str, torch.Tensor]]:
+    """Load ``config.init`` and set up what training needs. Collective over all ranks.
+
+    Args:
+        others: further ``.nemo`` files of the same architecture, read first, one at a time, through
+            NeMo itself (any format it knows); only this rank's slice of each is kept.
+
+    Returns:
+        The policy, and per path in ``others`` the slice for `Policy.other_weights`.
+    """
+    trees = {
+        path: nemo_config(config, path, global_batch_size, max_steps)
+        for path in (*others, config.init)
+    }
+    trainer = MegatronTrainerBuilder(trees[config.init]).create_trainer()
+    shards = {}
+    for path in dict.fromkeys(others):
+        model = _restore(trees[path].model, trainer, path)
+        shards[path] = ShardedWeights(model).shard.clone()
+        del model
+        gc.collect()
+    model = _restore(trees[config.init].model, trainer, config.init)
+    placeholder = torch.utils.data.DataLoader([0])  # NeMo wants one; nothing reads it
+    init_using_ptl(trainer, model, placeholder, placeholder.dataset)
+    optimizer, scheduler = extract_optimizer_scheduler_from_ptl_model(model)
+    return Policy(model, optimizer, scheduler), shards
+
+
+def _restore(model_config: DictConfig, trainer: Any, path: str) -> WarpActorModel:
+    model = load_from_nemo(
+        WarpActorModel, model_config, trainer, strict=True, restore_path=str(Path(path))
+    )
+    init_distributed(trainer, model, model_config.get("transformer_engine", False))
+    return model

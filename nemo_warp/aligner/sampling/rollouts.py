@@ -1,0 +1,126 @@
+"""Rollouts: generate responses on each data-parallel rank, then hold the same global batch on all.
+
+Upstream's `ReinforceRolloutBatch.chunk` (algorithms/reinforce.py l.102) keeps the whole batch on
+every rank; here each rank generates, scores and trains on its own rows only, and everything that
+must be global (rewards, KL, baselines) is gathered.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from nemo_warp.aligner.entry.prompts import Prompt
+from nemo_warp.aligner.policy.actor import WarpActorModel
+from nemo_warp.aligner.sampling.rewards import PendingRewards, RewardSource
+from nemo_warp.core.reinforce import response_mask
+from nemo_warp.core.seeds import derive_seed
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Responses and their rewards: the whole batch of B samples, equal on every rank.
+
+    Attributes:
+        tokens: int64 [B, S], prompt, response, then end-of-sequence padding.
+        prompt_lengths, lengths: int64 [B]; ``lengths`` counts prompt and response.
+        is_end: bool [B], the response ended by itself.
+        rewards: float32 [B], NaN where failed.
+        failed: bool [B], no reward could be had.
+    """
+
+    tokens: Tensor
+    prompt_lengths: Tensor
+    lengths: Tensor
+    is_end: Tensor
+    rewards: Tensor
+    failed: Tensor
+
+    @property
+    def mask(self) -> Tensor:
+        """Response positions, float32 [B, S-1]."""
+        return response_mask(self.prompt_lengths, self.lengths, self.tokens.size(1) - 1)
+
+    @property
+    def response_lengths(self) -> Tensor:
+        """Response tokens, int64 [B]."""
+        return self.lengths - self.prompt_lengths
+
+
+def local_rows(num_rows: int) -> slice:
+    """This data-parallel rank's contiguous share of a global batch."""
+    size = num_rows // parallel_state.get_data_parallel_world_size()
+    rank = parallel_state.get_data_parallel_rank()
+    return slice(rank * size, (rank + 1) * size)
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Concatenate equally many rows of every data-parallel rank, in rank order."""
+    group = parallel_state.get_data_parallel_group()
+    rows = rows.contiguous()
+    parts = [torch.empty_like(rows) for _ in range(group.size())]
+    torch.distributed.all_gather(parts, rows, group=group)
+    return torch.cat(parts)
+
+
+def generate(
+    actor: WarpActorModel,
+    prompts: list[Prompt],
+    rewards: RewardSource,
+    micro_batch_size: int,
+    seed_parts: tuple[int | str, ...],
+    pad_multiple: int = 1,
+) -> Rollouts:
+    """Sample one response per entry of ``prompts`` and score them.
+
+    Scoring overlaps with generation: a micro batch is sent off as soon as it is complete.
+
+    Args:
+        prompts: B entries (a prompt repeated k times for k samples); B is a multiple of
+            ``micro_batch_size`` times the data-parallel size.
+        seed_parts: with the number of the micro batch in the GLOBAL batch they give its sampling
+            seed, so that the responses do not depend on the data-parallel size.
+        pad_multiple: S is rounded up to it (sequence parallelism needs a multiple of TP).
+    """
+    local = local_rows(len(prompts))
+    outputs: list[dict[str, Tensor]] = []
+    pending: list[PendingRewards] = []
+    for start in range(local.start, local.stop, micro_batch_size):
+        batch = prompts[start : start + micro_batch_size]
+        actor.seed_sampling(derive_seed(*seed_parts, start // micro_batch_size))
+        output = actor.infer(_collate(actor, batch))
+        outputs.append(output)
+        pending.append(rewards.submit(actor, batch, output))
+    scores = [p.wait() for p in pending]
+    return Rollouts(
+        tokens=gather_rows(_pad_to_longest(outputs, actor.tokenizer.eos_id, pad_multiple)),
+        prompt_lengths=gather_rows(torch.cat([o["prompt_lengths"] for o in outputs])),
+        lengths=gather_rows(torch.cat([o["response_lengths"] for o in outputs])),
+        is_end=gather_rows(torch.cat([o["is_end"].byte() for o in outputs])).bool(),
+        rewards=gather_rows(torch.cat([s.scores for s in scores])),
+        failed=gather_rows(torch.cat([s.failed.byte() for s in scores])).bool(),
+    )
+
+
+def _collate(actor: WarpActorModel, prompts: list[Prompt]) -> dict[str, Tensor]:
+    """NeMo-Aligner's inference batch: ``text`` [b, longest prompt + response], ``length`` [b]."""
+    lengths = torch.tensor([len(p.tokens) for p in prompts])
+    width = int(lengths.max()) + actor.cfg.reinforce.length_params.max_length
+    text = torch.full((len(prompts), width), actor.tokenizer.eos_id)
+    for row, prompt in zip(text, prompts, strict=True):
+        row[: len(prompt.tokens)] = torch.tensor(prompt.tokens)
+    return {"text": text, "length": lengths}
+
+
+def _pad_to_longest(outputs: list[dict[str, Tensor]], eos_id: int, multiple: int) -> Tensor:
+    """Local tokens [rows, S], S the longest sequence on any data-parallel rank."""
+    longest = torch.stack([o["response_lengths"].max() for o in outputs]).max()
+    group = parallel_state.get_data_parallel_group()
+    torch.distributed.all_reduce(longest, torch.distributed.ReduceOp.MAX, group=group)
+    width = -(-int(longest) // multiple) * multiple
+    rows = [o["response_tokens"][:, :width] for o in outputs]
+    padded = [torch.nn.functional.pad(r, (0, width - r.size(1)), value=eos_id) for r in rows]
+    return torch.cat(padded)

@@ -1,0 +1,127 @@
+"""Write the policy as a distributed ``.nemo`` that stock NeMo restores.
+
+Configuration and artifacts are the bytes of the checkpoint the member started from: the policy
+differs from it in its weights only. (NeMo's own `save_to` would record this project's model class
+and the training layout, and give the artifacts new random names.)
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import shutil
+import tarfile
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from nemo.collections.nlp.parts.nlp_overrides import MainParamsOptimizerWrapper
+from nemo.utils.callbacks.dist_ckpt_io import DistributedCheckpointIO
+
+from nemo_warp.aligner.weights.sharded import ShardedWeights
+from nemo_warp.records import fsync_directory
+
+_WEIGHTS = "model_weights"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_MASTER_PREFIX = "optimizer.state.fp32_param."
+
+
+def export_policy(model: Any, source: Path, output: Path, dtype: str, checkpoint: Path) -> None:
+    """Write ``output``. Collective; atomic: under its name the file is complete.
+
+    Args:
+        source: the ``.nemo`` that gives configuration and artifacts.
+        dtype: ``same`` as the model's parameters, ``float32`` or ``bfloat16``. float32 comes from
+            the optimizer's fp32 masters where it has them.
+        checkpoint: the training checkpoint of this very step, which holds those masters.
+    """
+    folder = output.with_name(f".{output.name}.writing")
+    if torch.distributed.get_rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    torch.distributed.barrier()
+    writer = DistributedCheckpointIO.from_config(model.cfg, async_save=False)
+    with _weights_in(model, dtype, checkpoint):
+        writer.save_checkpoint(model.sharded_state_dict(), str(folder / _WEIGHTS))
+    torch.distributed.barrier()
+    if torch.distributed.get_rank() == 0:
+        _pack(source, folder, output)
+    torch.distributed.barrier()
+
+
+def has_masters(model: Any) -> bool:
+    """Whether the optimizer keeps fp32 weights beside lower-precision parameters."""
+    optimizer = model.optimizers(use_pl_optimizer=False)
+    wrapped = isinstance(optimizer, MainParamsOptimizerWrapper) or model.with_distributed_adam
+    return bool(wrapped) and any(p.dtype != torch.float32 for p in model.parameters())
+
+
+def _weights_in(model: Any, dtype: str, checkpoint: Path) -> Any:
+    if dtype == "same":
+        return nullcontext()
+    weights = ShardedWeights(model)
+    if dtype == "float32" and has_masters(model):
+        template = weights.sharded_state_dict("")
+        template = {k: v for k, v in template.items() if not k.endswith("_extra_state")}
+        for tensor in template.values():
+            tensor.key = _MASTER_PREFIX + tensor.key
+        loaded = model.trainer.strategy.checkpoint_io.load_checkpoint(
+            str(checkpoint), sharded_state_dict={"masters": template}
+        )
+        weights.load_state_dict_(loaded["masters"], "", strict=False)
+    return weights.in_place(_DTYPES[dtype])
+
+
+def _pack(source: Path, folder: Path, output: Path) -> None:
+    """Put configuration, artifacts and the new weights into one uncompressed tar."""
+    _forget_origin(folder / _WEIGHTS / ".metadata")
+    packed = folder / output.name
+    with tarfile.open(packed, "w:", format=tarfile.GNU_FORMAT) as archive:
+        for name, content in sorted(_configuration_and_artifacts(source).items()):
+            _add(archive, f"./{name}", len(content), io.BytesIO(content))
+        for path in sorted((folder / _WEIGHTS).iterdir()):
+            with path.open("rb") as stream:
+                _add(archive, f"./{_WEIGHTS}/{path.name}", path.stat().st_size, stream)
+    with packed.open("rb") as stream:
+        os.fsync(stream.fileno())
+    packed.replace(output)
+    shutil.rmtree(folder)
+    fsync_directory(output.parent)
+
+
+def _forget_origin(path: Path) -> None:
+    """Take what no reader needs out of torch's metadata: folder, random id, writers' order."""
+    metadata = pickle.loads(path.read_bytes())  # written by us a moment ago
+    metadata.storage_meta = None
+    metadata.storage_data = dict(sorted(metadata.storage_data.items(), key=lambda e: repr(e[0])))
+    path.write_bytes(pickle.dumps(metadata))
+
+
+def _add(archive: tarfile.TarFile, name: str, size: int, stream: Any) -> None:
+    """A member whose header says nothing of when and by whom: same weights, same bytes."""
+    info = tarfile.TarInfo(name)
+    info.size, info.mode = size, 0o644
+    archive.addfile(info, stream)
+
+
+def _configuration_and_artifacts(source: Path) -> dict[str, bytes]:
+    """Top-level files of a ``.nemo`` other than weights: name -> content."""
+    if source.is_dir():
+        return {
+            path.name: path.read_bytes()
+            for path in source.iterdir()
+            if path.is_file() and _is_artifact(path.name)
+        }
+    with tarfile.open(source) as archive:
+        return {
+            member.name.removeprefix("./"): archive.extractfile(member).read()
+            for member in archive.getmembers()
+            if member.isfile() and _is_artifact(member.name.removeprefix("./"))
+        }
+
+
+def _is_artifact(name: str) -> bool:
+    """Neither weights nor a record of how the source was made."""
+    return "/" not in name and name != "model_weights.ckpt" and not name.startswith("warp_")

@@ -1,0 +1,4 @@
+"""Files that hold bytes: tars, torch's zips, pickles that build nothing, and images of new ones.
+
+Imports `io`.
+"""

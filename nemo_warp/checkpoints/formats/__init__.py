@@ -1,0 +1,4 @@
+"""What a checkpoint's files mean as tensors: torch_dist, zarr, rank files.
+
+Imports `containers` and `io`.
+"""

@@ -1,0 +1,1 @@
+"""Bytes on the disk: positional reads past the page cache, slabs, parts, CRC-32."""

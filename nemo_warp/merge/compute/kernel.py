@@ -1,0 +1,198 @@
+"""What a worker thread does with one slab: read it from all inputs, measure it, combine it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from nemo_warp.checkpoints.io.crc import crc32
+from nemo_warp.checkpoints.io.direct import pages, room_for, scratch
+from nemo_warp.checkpoints.io.parts import Part
+from nemo_warp.checkpoints.io.reading import FileCache, check_replicas, read_slab, slab_room
+from nemo_warp.checkpoints.io.slabs import Slab, rows_per_block
+from nemo_warp.checkpoints.logical import LogicalTensor
+from nemo_warp.merge.compute import loops
+from nemo_warp.merge.compute.writer import Piece
+from nemo_warp.merge.plan import TensorPlan
+
+_STORED = {
+    **{torch.bfloat16: np.uint16, torch.float16: np.int16},
+    **{torch.float32: np.float32, torch.float64: np.float64},
+}
+"""How `loops` take the elements of each dtype."""
+
+_NOISE_PER_STEP = 16
+"""Random uint16 per step of Philox's counter: four words of 64 bits."""
+
+
+@dataclass
+class Inputs:
+    """A slab of all inputs in memory.
+
+    Attributes:
+        slab: which.
+        buffer: [`room_bytes`] uint8 that holds it.
+        elements: [N, ...] the buffer as stored elements of one dtype.
+        first: [N] int64, where the slab begins in each row.
+    """
+
+    slab: Slab
+    buffer: np.ndarray
+    elements: np.ndarray
+    first: np.ndarray
+
+
+@dataclass
+class Measured:
+    """What the first reading of a slab finds.
+
+    Attributes:
+        inputs: the slab.
+        grams: [B, N, N] Gram matrices of (theta_init, delta_1 ..) over the slab's blocks.
+        pieces: per input, CRC-32 of the slab's bytes in logical order, and how many they are.
+        parts: per input, what was read.
+    """
+
+    inputs: Inputs
+    grams: np.ndarray
+    pieces: list[tuple[int, int]]
+    parts: list[list[Part]]
+
+
+@dataclass
+class Combined:
+    """A merged piece of all outputs.
+
+    Attributes:
+        values: [K, bytes] uint8, rounded.
+        projections: see `loops.combine`.
+        changed: see `loops.combine`.
+    """
+
+    values: np.ndarray
+    projections: np.ndarray
+    changed: np.ndarray
+
+
+class Kernel:
+    """Reads slabs and does the arithmetic; threads may share it.
+
+    Args:
+        files: of the inputs.
+    """
+
+    def __init__(self, files: FileCache):
+        self._files = files
+
+    def measure(self, tensor: TensorPlan, slab: Slab, buffer: np.ndarray) -> Measured:
+        """Read a slab.
+
+        Args:
+            tensor: the slab's.
+            slab: rows to read.
+            buffer: [`room_bytes`] uint8 from `pages`, to read into.
+
+        Raises:
+            CheckpointError: a file ends early, or copies of a tensor differ.
+        """
+        dtype, count = _common_dtype(tensor), len(tensor.sources)
+        elements = buffer.view(_STORED[dtype]).reshape(count, -1)
+        first, parts, pieces = np.zeros(count, np.int64), [], []
+        for n, source in enumerate(tensor.sources):
+            here = source.dtype == dtype
+            size = slab_room(source, slab)
+            room = buffer.reshape(count, -1)[n] if here else scratch("narrow", size)
+            rows, read = read_slab(self._files, source, slab, room)
+            check_replicas(self._files, source, slab, rows)
+            parts.append(read)
+            in_order = len(read) == 1  # the stored bytes are those of the slab
+            pieces.append((read[0].crc32 if in_order else crc32(rows), rows.nbytes))
+            if here:
+                first[n] = _settle(rows, room, dtype.itemsize) // dtype.itemsize
+            else:
+                values = torch.from_numpy(rows).view(source.dtype).flatten()
+                torch.from_numpy(elements[n, : len(values)]).copy_(values)
+        inputs = Inputs(slab, buffer, elements, first)
+        return Measured(inputs, self._gram(tensor, inputs), pieces, parts)
+
+    def _gram(self, tensor: TensorPlan, inputs: Inputs) -> np.ndarray:
+        block, count = rows_per_block(tensor.target.cols), len(tensor.sources)
+        grams = np.empty((-(-inputs.slab.rows // block), count, count))
+        tile = scratch("tile", count * loops.TILE * 8).view(np.float64)
+        cut = inputs.slab.rows * tensor.target.cols, block * tensor.target.cols
+        loops.gram(inputs.elements, inputs.first, *cut, tile.reshape(count, -1), grams)
+        return grams
+
+    def combine(
+        self,
+        tensor: TensorPlan,
+        piece: Piece,
+        inputs: Inputs,
+        coefficients: np.ndarray,
+        noise: np.ndarray | None,
+        room: np.ndarray,
+    ) -> Combined:
+        """Merge a piece.
+
+        Args:
+            tensor: its tensor.
+            piece: what to merge, and where in a page the result goes.
+            inputs: a slab that has it.
+            coefficients: [K + 1, N] over the inputs; the last row is the merged task vector.
+            noise: None, or [K, length] uint16 for stochastic rounding.
+            room: [K * n] uint8 for the result.
+        """
+        dtype, count, length = tensor.target.dtype, len(coefficients) - 1, piece.length
+        out = room.view(_STORED[dtype]).reshape(count, -1)
+        tile = scratch("tile", (len(inputs.first) + 2) * loops.TILE * 8).view(np.float64)
+        projections, changed = np.empty(count), np.empty(count, np.int64)
+        start = inputs.first + (piece.start - inputs.slab.first * tensor.target.cols)
+        loops.combine(
+            *(inputs.elements, start, coefficients, noise, tile.reshape(-1, loops.TILE)),
+            *(out, piece.skip, length, projections, changed),
+        )
+        return Combined(piece.within(room, count, dtype.itemsize), projections, changed)
+
+    def read(self, source: LogicalTensor, slab: Slab) -> tuple[torch.Tensor, list[Part]]:
+        """[rows, cols] of one input as they are stored, and what was read."""
+        rows, parts = read_slab(self._files, source, slab, pages(slab_room(source, slab)))
+        return torch.from_numpy(rows).view(source.dtype), parts
+
+
+def room_bytes(tensor: TensorPlan, slab: Slab) -> int:
+    """Bytes that a slab of all inputs takes in memory, as elements of one dtype."""
+    size = slab.rows * tensor.target.cols * _common_dtype(tensor).itemsize
+    return len(tensor.sources) * room_for(size)
+
+
+def _common_dtype(tensor: TensorPlan) -> torch.dtype:
+    """One that holds the elements of all inputs exactly."""
+    dtypes = {source.dtype for source in tensor.sources}
+    if len(dtypes) == 1:
+        return dtypes.pop()
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def _settle(rows: np.ndarray, room: np.ndarray, width: int) -> int:
+    """Where ``rows`` begin in ``room``, moved to its start if elements lie across their places."""
+    skip = rows.ctypes.data - room.ctypes.data
+    if skip % width == 0:
+        return skip
+    room[: rows.nbytes] = rows.reshape(-1)
+    return 0
+
+
+def rounding_noise(seed: int, name: str, eta: float, start: int, length: int) -> np.ndarray:
+    """[length] uint16 random bits for a tensor's elements from ``start`` on.
+
+    A function of the seed and each element's place alone.
+    """
+    text = f"{seed}/{name}/{eta!r}".encode()
+    key = int.from_bytes(hashlib.sha256(text).digest()[:16], "little")
+    skip = start % _NOISE_PER_STEP
+    steps = -(-(skip + length) // _NOISE_PER_STEP)
+    words = np.random.Philox(key=key).advance(start // _NOISE_PER_STEP).random_raw(4 * steps)
+    return words.view(np.uint16)[skip : skip + length]

@@ -1,0 +1,1 @@
+"""What a merge measured, as JSON, a table, pictures; and what it cost."""

@@ -1,0 +1,138 @@
+"""Attempts at a stage: one directory each, with logs, what ran, and how it ended.
+
+    attempts/001/{attempt.json, log.txt, <step>.log, endpoint_<reward>.json, exit.json}
+
+Progress is the newest training checkpoint, or the points measured. Attempts that began at the same
+step made none; after too many of those, or after an exit code that means "for good", the stage has
+failed until somebody says ``resume`` (which marks the last attempt as forgiven).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_warp import exit_codes
+from nemo_warp.pipeline.recipe.paths import StagePaths
+from nemo_warp.records import write_json_atomically
+
+FOR_GOOD = (exit_codes.MISCONFIGURED, exit_codes.KL_LIMIT)
+"""Exit codes another attempt cannot change."""
+
+_CHECKPOINT = re.compile(r"step_(\d{8})")
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One attempt.
+
+    Attributes:
+        record: what was started (``attempt.json``); empty if it died before writing it.
+        exit: how it ended (``exit.json``); None while it runs or when it was killed.
+        forgiven: whether `forgive` was called on it.
+    """
+
+    directory: Path
+    record: dict[str, Any]
+    exit: dict[str, Any] | None
+    forgiven: bool
+
+    @property
+    def number(self) -> int:
+        """1, 2, ..."""
+        return int(self.directory.name)
+
+    @property
+    def counts(self) -> bool:
+        """Whether it counts against the cap: not if somebody asked it to stop."""
+        return not (self.exit or {}).get("asked", False)
+
+
+def list_attempts(paths: StagePaths) -> list[Attempt]:
+    """All attempts, oldest first."""
+    if not paths.attempts.is_dir():
+        return []
+    directories = sorted(d for d in paths.attempts.iterdir() if d.name.isdigit())
+    return [
+        Attempt(
+            directory,
+            _read(directory / "attempt.json") or {},
+            _read(directory / "exit.json"),
+            (directory / "forgiven").exists(),
+        )
+        for directory in directories
+    ]
+
+
+def begin(paths: StagePaths, record: dict[str, Any]) -> Attempt:
+    """Make the next attempt's directory and say in it what is being started."""
+    number = max((a.number for a in list_attempts(paths)), default=0) + 1
+    directory = paths.attempts / f"{number:03d}"
+    directory.mkdir(parents=True)
+    record = {"started": time.time(), "step": progress(paths), **record}
+    write_json_atomically(directory / "attempt.json", record)
+    return Attempt(directory, record, None, False)
+
+
+def end(attempt: Attempt, exit_code: int, reason: str, asked: bool) -> None:
+    """Record how ``attempt`` ended; ``asked`` if it was told to stop by a person."""
+    record = {"exit_code": exit_code, "reason": reason, "asked": asked, "ended": time.time()}
+    write_json_atomically(attempt.directory / "exit.json", record)
+
+
+def forgive(paths: StagePaths) -> None:
+    """Give the stage a fresh budget of attempts."""
+    for attempt in list_attempts(paths)[-1:]:
+        (attempt.directory / "forgiven").touch()
+
+
+def progress(paths: StagePaths) -> int:
+    """What is kept of earlier attempts: the newest checkpoint's step, or the number of points."""
+    if paths.points.exists():
+        return paths.points.read_bytes().count(b"\n")
+    if not paths.checkpoints.is_dir():
+        return 0
+    matches = (_CHECKPOINT.fullmatch(p.name) for p in paths.checkpoints.iterdir())
+    return max((int(m[1]) for m in matches if m), default=0)
+
+
+def failure(paths: StagePaths, cap: int) -> str | None:
+    """Why no further attempt may be made, or None. Call it while no attempt is running."""
+    attempts = _since_forgiven(list_attempts(paths))
+    if not attempts:
+        return None
+    last = attempts[-1]
+    if last.exit is not None and last.exit["exit_code"] in FOR_GOOD:
+        return f"exit code {last.exit['exit_code']}: {last.exit['reason']}"
+    step = progress(paths)
+    stuck = 0
+    for attempt in reversed(attempts):
+        if attempt.counts and attempt.record.get("step", step) != step:
+            break
+        stuck += attempt.counts
+    if stuck < cap:
+        return None
+    return f"{stuck} attempts without progress at step {step}; last: {describe(last)}"
+
+
+def describe(attempt: Attempt) -> str:
+    """How the attempt ended, in a phrase."""
+    if attempt.exit is None:
+        return "killed"
+    return f"exit code {attempt.exit['exit_code']}, {attempt.exit['reason']}"
+
+
+def _since_forgiven(attempts: list[Attempt]) -> list[Attempt]:
+    forgiven = [index for index, attempt in enumerate(attempts) if attempt.forgiven]
+    return attempts[forgiven[-1] + 1 :] if forgiven else attempts
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None

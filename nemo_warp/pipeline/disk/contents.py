@@ -1,0 +1,98 @@
+"""Hashes of what stages read: pinned inputs, and what earlier stages published."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from nemo_warp.pipeline.recipe.load import Recipe
+from nemo_warp.records import Completion, RecordError, config_hash, read_completion
+
+
+class Contents(Protocol):
+    """Answers for the contents of files without reading them."""
+
+    def pinned(self, name: str) -> str:
+        """Fingerprint of an input of the run: ``sft``, ``prompts.train``, ``reward vader`` ..."""
+        ...
+
+    def published(self, stage: str, file: str) -> str:
+        """Hash of an artifact of a stage that is done."""
+        ...
+
+    def all_published(self, stage: str) -> str:
+        """One hash of all artifacts of a stage that is done."""
+        ...
+
+
+class Unknown:
+    """Of a run that has not begun: for `plan`."""
+
+    def pinned(self, name: str) -> str:
+        """Nothing is known yet."""
+        return ""
+
+    def published(self, stage: str, file: str) -> str:
+        """Nothing is known yet."""
+        return ""
+
+    def all_published(self, stage: str) -> str:
+        """Nothing is known yet."""
+        return ""
+
+
+class OnDisk:
+    """From the run directory's records."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+
+    def pinned(self, name: str) -> str:
+        """Fingerprint of an input, as it was when the run began."""
+        return self._recipe.pinned[name]
+
+    def published(self, stage: str, file: str) -> str:
+        """Hash of an artifact; whether the file is still there is not asked.
+
+        Raises:
+            RecordError: the stage is not done, or its record does not mention the file.
+        """
+        entry = self.completion(stage).files.get(file)
+        if entry is None:
+            path = self._recipe.paths.stage(stage).completion
+            raise RecordError(f"{path} does not mention {file}; remove the stage to make it again")
+        return entry.sha256
+
+    def all_published(self, stage: str) -> str:
+        """One hash of all artifacts."""
+        files = self.completion(stage).files
+        return config_hash({name: entry.sha256 for name, entry in files.items()})
+
+    def completion(self, stage: str) -> Completion:
+        """The stage's completion record.
+
+        Raises:
+            RecordError: there is none.
+        """
+        directory = self._recipe.paths.stage(stage).directory
+        completion = read_completion(directory)
+        if completion is None:
+            raise RecordError(f"{directory} is not finished: it has no completion record")
+        return completion
+
+
+def refuse_twins(members: dict[str, Completion]) -> None:
+    """Members that read the same prompts in the same order are copies, not policies to merge.
+
+    Raises:
+        RecordError: two members have the same seed or prompt order.
+    """
+    for key in ("seed", "prompt_order_hash"):
+        seen: dict[Any, str] = {}
+        for name, completion in members.items():
+            value = completion.details.get(key)
+            if value is not None and value in seen:
+                raise RecordError(
+                    f"{name} and {seen[value]} have the same {key} ({value}): merging copies of "
+                    "one run is no merge; give the members different seeds and remove one of them"
+                )
+            seen[value] = name

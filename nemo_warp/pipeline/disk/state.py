@@ -1,0 +1,156 @@
+"""What is done, running, failed and next: read from the disk (and the queue), every time anew."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from nemo_warp import exit_codes
+from nemo_warp.pipeline.disk import attempts, locks
+from nemo_warp.pipeline.disk.request import Request, build_request, read_request
+from nemo_warp.pipeline.recipe.load import Recipe
+from nemo_warp.pipeline.recipe.paths import StagePaths
+from nemo_warp.pipeline.recipe.plan import MEMBER, Stage
+from nemo_warp.records import Completion, RecordError, read_completion
+
+
+class Status(str, Enum):
+    """Where a stage stands."""
+
+    DONE = "done"
+    RUNNING = "running"
+    QUEUED = "queued"
+    READY = "ready"
+    """Could start now."""
+    WAITING = "waiting"
+    """Needs a stage that is not done."""
+    FAILED = "failed"
+    """No further attempt is made without ``resume``."""
+
+
+@dataclass(frozen=True)
+class QueuedJob:
+    """One job or array task of this run in Slurm's queue."""
+
+    job_id: str
+    state: str
+    reason: str = ""
+
+    @property
+    def running(self) -> bool:
+        """Whether it has an allocation."""
+        return self.state in ("RUNNING", "COMPLETING", "CONFIGURING", "STAGE_OUT")
+
+
+@dataclass(frozen=True)
+class StageState:
+    """A stage's status; `reason` says why, in words, when that is not obvious."""
+
+    stage: Stage
+    status: Status
+    reason: str = ""
+    job: QueuedJob | None = None
+
+
+def inspect(recipe: Recipe, queue: Mapping[str, QueuedJob] | None = None) -> dict[str, StageState]:
+    """The state of every stage by name, in the plan's order.
+
+    Args:
+        recipe: of an existing run directory.
+        queue: this run's jobs by stage name; None for the local launcher.
+    """
+    states: dict[str, StageState] = {}
+    for stage in recipe.stages:
+        states[stage.name] = _inspect_stage(recipe, stage, states, (queue or {}).get(stage.name))
+    return states
+
+
+def _inspect_stage(
+    recipe: Recipe, stage: Stage, before: dict[str, StageState], job: QueuedJob | None
+) -> StageState:
+    paths = recipe.paths.stage(stage.name)
+    missing = [name for name in stage.needs if before[name].status is not Status.DONE]
+    if not missing:
+        try:
+            request = build_request(recipe, stage)
+            if is_done(recipe, stage, request):
+                return StageState(stage, Status.DONE)
+        except RecordError as error:
+            return StageState(stage, Status.FAILED, str(error), job)
+    if job is not None:
+        return StageState(stage, Status.RUNNING if job.running else Status.QUEUED, job.reason, job)
+    if locks.is_held(paths.lock):
+        return StageState(stage, Status.RUNNING)
+    if missing:
+        return _waiting(stage, missing, before)
+    stuck = attempts.failure(paths, recipe.values["retries"]["without_progress"])
+    if stuck is not None and _same_inputs(paths, request):
+        return StageState(stage, Status.FAILED, stuck)
+    return StageState(stage, Status.READY)
+
+
+def _waiting(stage: Stage, missing: list[str], before: dict[str, StageState]) -> StageState:
+    more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+    failed = [name for name in missing if before[name].status is Status.FAILED]
+    verb = "blocked by" if failed else "needs"
+    return StageState(stage, Status.WAITING, f"{verb} {(failed or missing)[0]}{more}")
+
+
+def is_done(recipe: Recipe, stage: Stage, request: Request) -> bool:
+    """Whether the stage's completion record is there and is of this very request.
+
+    A record whose inputs have since been made anew, and differently, does not count: the stage
+    will be made again.
+
+    Raises:
+        RecordError: there is a record for these inputs, but of another configuration, or of a
+            member that did not reach its last step.
+    """
+    paths = recipe.paths.stage(stage.name)
+    completion = read_completion(paths.directory)
+    if completion is None or not _same_inputs(paths, request):
+        return False
+    _check_completion(paths, completion, stage, request)
+    return True
+
+
+def _same_inputs(paths: StagePaths, request: Request) -> bool:
+    recorded = read_request(paths)
+    return recorded is not None and recorded.get("inputs") == request.inputs
+
+
+def _check_completion(
+    paths: StagePaths, completion: Completion, stage: Stage, request: Request
+) -> None:
+    remedy = f"remove {paths.directory} to make it again"
+    if completion.config_hash != request.config_hash:
+        raise RecordError(
+            f"{paths.completion} is of another configuration ({completion.config_hash[:12]}, "
+            f"expected {request.config_hash[:12]}); {remedy}"
+        )
+    if stage.kind == MEMBER:
+        wanted = request.config["run"]["total_steps"]
+        if completion.details.get("step") != wanted:
+            found = completion.details.get("step")
+            raise RecordError(f"{paths.completion} is of step {found}, not {wanted}; {remedy}")
+    for name in request.outputs:
+        if name not in completion.files:
+            raise RecordError(f"{paths.completion} does not mention {name}; {remedy}")
+
+
+def exit_code(states: Mapping[str, StageState]) -> int:
+    """`nemo_warp.exit_codes` for the whole run: done, in progress, or failed."""
+    found = {state.status for state in states.values()}
+    if found == {Status.DONE}:
+        return exit_codes.DONE
+    if found & {Status.RUNNING, Status.QUEUED, Status.READY}:
+        return exit_codes.IN_PROGRESS
+    return exit_codes.FAILED if Status.FAILED in found else exit_codes.IN_PROGRESS
+
+
+def counts(states: Mapping[str, StageState]) -> dict[str, Any]:
+    """How many stages are in each status."""
+    found = [state.status.value for state in states.values()]
+    return {status.value: found.count(status.value) for status in Status}

@@ -1,0 +1,136 @@
+"""One round of the Slurm driver: look at plan, disk and queue; submit what is missing; end.
+
+A round submits the members of one iteration (those that are missing, as one array), its merge, its
+evaluation, and the next round's driver, which starts when the merge has ended in whatever way. It
+may be repeated at any moment, by two people at once: what is done or queued is never submitted
+again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shlex
+from collections.abc import Callable, Iterator
+
+from nemo_warp import exit_codes
+from nemo_warp.pipeline.disk import locks
+from nemo_warp.pipeline.disk.attempts import list_attempts, progress
+from nemo_warp.pipeline.disk.state import QueuedJob, StageState, Status, exit_code, inspect
+from nemo_warp.pipeline.launch import slurm, slurm_jobs
+from nemo_warp.pipeline.recipe.load import Recipe
+from nemo_warp.pipeline.recipe.plan import FINAL, FRONT, REPORT, Stage, merge_name
+from nemo_warp.records import config_hash
+
+_LOCK_WAIT_S = 120.0
+_MAX_IDLE_ROUNDS = 2
+_MARK_VARIABLE = "NEMO_WARP_LAST_ROUND"
+"""From a driver job to the next: jobs that die before they begin must not go on for ever."""
+
+Submit = Callable[[list[str]], str]
+
+
+def run_round(recipe: Recipe, say: Callable[[str], None] = print) -> int:
+    """Submit what is missing; returns an exit code of `nemo_warp.exit_codes`.
+
+    Raises:
+        LockHeldError: another driver has been at it for minutes.
+        SlurmError: a submission was refused, or the controller is away.
+    """
+    with locks.hold(recipe.paths.driver_lock, _LOCK_WAIT_S):
+        return _run_round(recipe, say)
+
+
+def _run_round(recipe: Recipe, say: Callable[[str], None]) -> int:
+    queue = slurm_jobs.queue(recipe)
+    _cancel_hopeless(queue, say)
+    states = inspect(recipe, queue)
+    code = exit_code(states)
+    if code == exit_codes.DONE:
+        return code
+    if recipe.paths.stop.exists():
+        say(f"stopped: {recipe.paths.stop} exists; `nemo-warp resume` removes it")
+        return exit_codes.STOPPED_RESUMABLE
+    for state in states.values():
+        if state.status is Status.FAILED:
+            say(f"{state.stage.name} has failed: {state.reason}")
+
+    def submit(words: list[str]) -> str:
+        job = slurm.submit(words)
+        say(f"{job}: {shlex.join(words)}")
+        return job
+
+    mark, idle = _mark(recipe, states), 0
+    before, _, count = os.environ.get(_MARK_VARIABLE, "").partition(":")
+    if before == mark and not queue:
+        idle = int(count) + 1
+    if idle >= _MAX_IDLE_ROUNDS:
+        say(f"{idle} rounds in which no stage began: see {recipe.paths.slurm_logs}")
+        return exit_codes.FAILED
+    os.environ[_MARK_VARIABLE] = f"{mark}:{idle}"
+    recipe.paths.slurm_logs.mkdir(exist_ok=True)
+    jobs = submit_missing(recipe, states, submit)
+    if jobs and slurm_jobs.DRIVER not in queue:
+        submit(slurm_jobs.sbatch_driver(recipe, driver_waits_for(recipe, jobs)))
+    return exit_codes.IN_PROGRESS if jobs else exit_codes.FAILED
+
+
+def _mark(recipe: Recipe, states: dict[str, StageState]) -> str:
+    """Changes whenever a stage was done, began, or got further."""
+    stages = [recipe.paths.stage(name) for name in states]
+    facts = [(len(list_attempts(p)), progress(p), p.completion.exists()) for p in stages]
+    return config_hash({"facts": facts})[:16]
+
+
+def submit_missing(recipe: Recipe, states: dict[str, StageState], submit: Submit) -> dict[str, str]:
+    """Submit every stage of this round that is neither done nor queued nor failed.
+
+    Returns:
+        Stage name -> job id of all that is queued or running now.
+    """
+    jobs = {name: state.job.job_id for name, state in states.items() if state.job is not None}
+    for stages in _groups(recipe, states):
+        missing = [s for s in stages if _is_missing(s, states, jobs)]
+        if missing:
+            after = sorted({jobs[n] for s in missing for n in s.needs if n in jobs})
+            job = submit(slurm_jobs.sbatch_stage(recipe, missing, after))
+            # A new array is waited for as a whole, an older one only for the tasks still in it.
+            jobs |= {stage.name: job for stage in missing}
+    return jobs
+
+
+def _groups(recipe: Recipe, states: dict[str, StageState]) -> Iterator[list[Stage]]:
+    """This round's stages, those of one job together, in the plan's order."""
+    last = recipe.values["iterations"]
+    now = next(
+        (i for i in range(1, last + 1) if states[merge_name(i)].status is not Status.DONE), last
+    )
+    chosen = [s for s in recipe.stages if s.iteration <= now and not _at_the_end(s, now, last)]
+    for _, stages in itertools.groupby(chosen, key=lambda s: (s.iteration, s.kind)):
+        yield list(stages)
+
+
+def _at_the_end(stage: Stage, now: int, last: int) -> bool:
+    return stage.kind in (FRONT, FINAL, REPORT) and now < last
+
+
+def _is_missing(stage: Stage, states: dict[str, StageState], jobs: dict[str, str]) -> bool:
+    state = states[stage.name]
+    if stage.name in jobs or state.status not in (Status.READY, Status.WAITING):
+        return False
+    return all(n in jobs or states[n].status is Status.DONE for n in stage.needs)
+
+
+def driver_waits_for(recipe: Recipe, jobs: dict[str, str]) -> list[str]:
+    """The next round begins when this one's merge has ended; without one, when all jobs have."""
+    merges = [merge_name(i) for i in range(1, recipe.values["iterations"]) if merge_name(i) in jobs]
+    return [jobs[merges[-1]]] if merges else sorted(set(jobs.values()))
+
+
+def _cancel_hopeless(queue: dict[str, QueuedJob], say: Callable[[str], None]) -> None:
+    """Jobs whose dependency can never be satisfied would wait for ever: remove them."""
+    for name, job in list(queue.items()):
+        if job.reason == "DependencyNeverSatisfied":
+            say(f"cancelling {job.job_id} ({name}): its dependency failed")
+            slurm.cancel([job.job_id])
+            del queue[name]

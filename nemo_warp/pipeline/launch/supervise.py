@@ -1,0 +1,170 @@
+"""Watch the steps of one attempt: the first to end decides.
+
+Order of events: reward servers start; their endpoint files appear (or the deadline passes); the
+stage's program starts; whichever ends first ends the attempt. When a server is lost, or when
+somebody asks for it (SIGUSR1 before the time limit, SIGTERM, the run's STOP file), the program is
+told to save and stop, again and again until it does or its grace is over.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from nemo_warp import exit_codes
+from nemo_warp.pipeline.disk.request import Request
+from nemo_warp.pipeline.launch import programs
+from nemo_warp.pipeline.launch.steps import Allocation, RunningStep, Step, stop_all
+from nemo_warp.pipeline.recipe.load import Recipe
+from nemo_warp.pipeline.recipe.plan import Stage
+
+_POLL_S = 0.1
+_LOOK_S = 1.0
+_REPEAT_SIGNAL_S = 5.0
+_SERVER_GRACE_S = 10.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt ended; ``asked``: because a person wanted it to."""
+
+    exit_code: int
+    reason: str
+    asked: bool = False
+
+
+class Supervisor:
+    """Runs one attempt in ``directory`` (its logs and endpoint files are there)."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        stage: Stage,
+        request: Request,
+        allocation: Allocation,
+        directory: Path,
+        lock: int,
+    ) -> None:
+        self._recipe, self._stage, self._request = recipe, stage, request
+        self._allocation, self._directory, self._lock = allocation, directory, lock
+        self._servers: list[RunningStep] = []
+        self._signal: signal.Signals | None = None
+        self._next_look = 0.0
+
+    def run(self) -> Outcome:
+        """Run to the end of the first step, and end all others."""
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._remember)
+        running: list[RunningStep] = []
+        try:
+            servers = programs.servers(
+                self._recipe, self._request, self._allocation, self._directory
+            )
+            self._servers = [self._start(step) for step in servers]
+            early = self._await_servers([s.endpoint for s in servers if s.endpoint])
+            if early is not None:
+                return early
+            programs.prepare(self._recipe, self._stage)
+            for step in programs.programs(
+                self._recipe, self._stage, self._request, self._allocation, self._directory
+            ):
+                running = [self._start(step)]
+                outcome = self._watch(running[0])
+                if outcome.exit_code != exit_codes.DONE:
+                    return outcome
+            programs.publish(self._recipe, self._stage, self._request)
+            return Outcome(exit_codes.DONE, "done")
+        finally:
+            stop_all([*running, *self._servers], _SERVER_GRACE_S, time.sleep)
+
+    def _remember(self, number: int, _frame: FrameType | None) -> None:
+        self._signal = signal.Signals(number)
+
+    def _start(self, step: Step) -> RunningStep:
+        log = self._directory / (f"{step.name}.log" if step.endpoint else "log.txt")
+        started = RunningStep(step, self._allocation, log, self._lock)
+        print(f"[{step.name}] {' '.join(started.command)}", flush=True)
+        return started
+
+    def _asked(self) -> str | None:
+        """Who wants this attempt to stop, or None."""
+        if self._signal is not None:
+            return f"{self._signal.name} received"
+        if time.monotonic() < self._next_look:  # once a second: it may be a shared file system
+            return None
+        self._next_look = time.monotonic() + _LOOK_S
+        stop = self._recipe.paths.stop
+        return f"{stop} exists" if stop.exists() else None
+
+    def _by_person(self) -> bool:
+        """Under Slurm SIGUSR1 (time limit) and SIGTERM (preemption) are nobody's wish."""
+        wishes = (signal.SIGINT,) if self._allocation.hosts else (signal.SIGINT, signal.SIGTERM)
+        return self._signal in wishes or self._recipe.paths.stop.exists()
+
+    def _lost_server(self) -> Outcome | None:
+        for server in self._servers:
+            if server.exit_code is not None:
+                code = server.exit_code or exit_codes.REWARDS_FAILED
+                return Outcome(code, f"{server.name} ended with exit code {server.exit_code}")
+        return None
+
+    def _await_servers(self, endpoints: list[Path]) -> Outcome | None:
+        """None once every endpoint file is there, otherwise why the attempt ends here."""
+        allowed = self._recipe.values["retries"]["ready_deadline_s"]
+        deadline = time.monotonic() + allowed
+        while not all(endpoint.exists() for endpoint in endpoints):
+            lost, asked = self._lost_server(), self._asked()
+            if lost is not None:
+                return lost
+            if asked is not None:
+                return Outcome(exit_codes.STOPPED_RESUMABLE, asked, self._by_person())
+            if time.monotonic() > deadline:
+                late = [str(e) for e in endpoints if not e.exists()]
+                return Outcome(
+                    exit_codes.REWARDS_FAILED,
+                    f"no reward server ready after {allowed} s: {', '.join(late)} missing",
+                )
+            time.sleep(_POLL_S)
+        return None
+
+    def _watch(self, program: RunningStep) -> Outcome:
+        """Wait for ``program``; tell it to stop when a server is lost or somebody asks."""
+        lost: Outcome | None = None
+        asked: str | None = None
+        next_signal = deadline = 0.0
+        while program.exit_code is None:
+            lost, asked = lost or self._lost_server(), asked or self._asked()
+            now = time.monotonic()
+            if lost is not None or asked is not None:
+                deadline = deadline or now + self._recipe.values["retries"]["stop_grace_s"]
+                if now >= next_signal:
+                    program.send(programs.stop_signal(self._stage))
+                    next_signal = now + _REPEAT_SIGNAL_S
+                if now > deadline:
+                    program.kill()
+            time.sleep(_POLL_S)
+        return self._outcome(program, lost, asked)
+
+    def _outcome(self, program: RunningStep, lost: Outcome | None, asked: str | None) -> Outcome:
+        code = program.exit_code
+        assert code is not None
+        if code == exit_codes.DONE:
+            return Outcome(code, "done")
+        if asked is not None:
+            saved = "saved and stopped" if code == exit_codes.STOPPED_RESUMABLE else "stopped"
+            return Outcome(exit_codes.STOPPED_RESUMABLE, f"{saved}: {asked}", self._by_person())
+        if lost is not None:
+            return lost
+        return Outcome(code, f"{program.name} ended with exit code {code}{self._last_error()}")
+
+    def _last_error(self) -> str:
+        """The program's own ``error: ...`` line, if it printed one."""
+        try:
+            tail = (self._directory / "log.txt").read_bytes()[-20000:].decode(errors="replace")
+        except FileNotFoundError:
+            return ""
+        errors = [line for line in tail.splitlines() if line.startswith("error: ")]
+        return f" ({errors[-1].removeprefix('error: ')})" if errors else ""
