@@ -25,6 +25,7 @@ COMMANDS = {
     "status": ("nemo_warp.pipeline.commands.status", "what is done, running, failed, and next"),
     "resume": ("nemo_warp.pipeline.commands.resume", "go on after a stop or a failure"),
     "stop": ("nemo_warp.pipeline.commands.stop", "let members save, start nothing more"),
+    "compare": ("nemo_warp.reporting.compare", "two policies side by side, or runs over seeds"),
     "doctor": ("nemo_warp.doctor", "what is installed, what is missing and how to get it"),
 }
 """Subcommand -> the module that implements it and its line in ``nemo-warp --help``."""

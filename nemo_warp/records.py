@@ -103,18 +103,23 @@ def fsync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_text_atomically(path: Path, text: str) -> None:
+def write_bytes_atomically(path: Path, data: bytes) -> None:
     """Write ``path`` so that a crash leaves the old content or the new, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w") as stream:
-            stream.write(text)
+        with temporary.open("wb") as stream:
+            stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     fsync_directory(path.parent)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """`write_bytes_atomically` of UTF-8, whatever the locale is."""
+    write_bytes_atomically(path, text.encode())
 
 
 def write_json_atomically(path: Path, value: Any) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
+from nemo_warp.evidence.fronts import reward_at
 from nemo_warp.reporting.run import Curve
 
 COLUMNS = (
@@ -46,32 +48,21 @@ def markdown_table(curves: Sequence[Curve]) -> str:
     return "\n".join([*lines, "", *_equal_kl_lines(curves)]) + "\n"
 
 
-def reward_at(curve: Curve, kl: float) -> float | None:
-    """Reward of ``curve`` at ``kl`` nats, linear between its measured points; None outside them.
-
-    Points are taken in order of KL, so a trajectory that turns back is read as a curve over KL.
-    """
-    order = np.argsort(curve.column("kl_to_sft"), kind="stable")
-    kls = np.asarray(curve.column("kl_to_sft"))[order]
-    rewards = np.asarray(curve.column("reward"))[order]
-    return float(np.interp(kl, kls, rewards)) if kls[0] <= kl <= kls[-1] else None
-
-
 def _equal_kl_lines(curves: Sequence[Curve]) -> list[str]:
     """Rewards at round KLs up to the largest measured."""
-    grid = _round_kls(max(max(curve.column("kl_to_sft")) for curve in curves))
+    grid = round_kls(max(max(curve.column("kl_to_sft")) for curve in curves))
     if not grid:
         return []
     titles = " | ".join(f"KL {kl:g}" for kl in grid)
     lines = ["## Reward at equal KL (linear between measured points)", ""]
     lines += _header(f"curve | {titles}")
     for curve in curves:
-        rewards = (reward_at(curve, kl) for kl in grid)
-        lines.append(_row([curve.name, *("" if r is None else f"{r:.3f}" for r in rewards)]))
+        rewards = (reward_at(curve.column("kl_to_sft"), curve.column("reward"), kl) for kl in grid)
+        lines.append(_row([curve.name, *("" if math.isnan(r) else f"{r:.3f}" for r in rewards)]))
     return lines
 
 
-def _round_kls(largest: float) -> list[float]:
+def round_kls(largest: float) -> list[float]:
     """Multiples of 1, 2 or 5 times a power of ten, at most ten of them, up to ``largest``."""
     if largest <= 0:
         return []
@@ -99,6 +90,11 @@ def _estimate(point: dict, key: str, digits: int) -> str:
 
 def _number(point: dict, key: str, form: str) -> str:
     return "" if point.get(key) is None else format(point[key], form)
+
+
+def markdown_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    return [*_header(" | ".join(header)), *map(_row, rows)]
 
 
 def _header(titles: str) -> list[str]:

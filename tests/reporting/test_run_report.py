@@ -8,8 +8,7 @@ import pytest
 from nemo_warp import exit_codes
 from nemo_warp.records import RecordError
 from nemo_warp.reporting import curves, member
-from nemo_warp.reporting.run import Curve, read_run
-from nemo_warp.reporting.table import reward_at
+from nemo_warp.reporting.run import read_run
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -83,14 +82,6 @@ def test_csv_holds_every_measurement_unrounded(run, tmp_path):
     assert len(lines) == 1 + 4 * 2 + 3 + 3 + 1 + 2
     assert '"iteration 1, member 1",step 20,0.51,,8.0,,23.5,,' in lines
     assert '"final front, LITI from sft",eta 1,0.82,0.012,16,0.25,22.3,0.28,512' in lines
-
-
-def test_reward_between_points_is_linear_and_unknown_outside():
-    points = [{"step": s, "reward": r, "kl_to_sft": k} for s, r, k in ((0, 0, 1), (9, 1, 3))]
-    curve = Curve("trajectory", 1, "", "step", points)
-    assert reward_at(curve, 1.5) == pytest.approx(0.25)
-    assert reward_at(curve, 0.99) is None
-    assert reward_at(curve, 3.01) is None
 
 
 def test_pictures_show_the_data_and_are_reproducible(run, tmp_path):

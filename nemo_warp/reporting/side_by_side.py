@@ -1,0 +1,107 @@
+"""Two policies on the same prompts, by each judge: means, differences, wins, length controlled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from nemo_warp.evidence.intervals import Interval, over_prompts, paired_difference
+from nemo_warp.evidence.preference import SideBySide, by_scores, length_controlled_rate
+from nemo_warp.evidence.responses import Responses, common_prompts
+from nemo_warp.reporting.table import markdown_rows
+
+LENGTHS = ("tokens", "characters")
+
+
+def compare(
+    first: Responses, second: Responses, judges: list[str], tie_within: float
+) -> tuple[str, dict[str, Any]]:
+    """A table for people, and the same numbers.
+
+    Raises:
+        ValueError: no common prompt, or a judge has no score on one side.
+    """
+    ours, theirs = common_prompts(first, second)
+    length = next(n for n in LENGTHS if n in first.numbers and n in second.numbers)
+    values: dict[str, Any] = {
+        "first": first.source,
+        "second": second.source,
+        "prompts": len(ours),
+        "judges": {},
+    }
+    rows = []
+    for name in judges:
+        a, b = first.number(name)[ours], second.number(name)[theirs]
+        outcome = by_scores(a, b, tie_within)
+        controlled = length_controlled_rate(
+            *_comparisons(
+                a, b, first.number(length)[ours], second.number(length)[theirs], tie_within
+            )
+        )
+        difference = paired_difference(a, b)
+        values["judges"][name] = {
+            "first": over_prompts(a).__dict__,
+            "second": over_prompts(b).__dict__,
+            "difference": difference.__dict__,
+            **_outcome(outcome),
+            "length_controlled_rate": controlled,
+        }
+        rows.append(
+            [
+                name,
+                str(over_prompts(a)),
+                str(over_prompts(b)),
+                _marked(difference),
+                f"{outcome.wins} / {outcome.ties} / {outcome.losses}"
+                + (f" ({outcome.failed} failed)" if outcome.failed else ""),
+                _percent(outcome.rate),
+                f"{controlled:.1%}",
+            ]
+        )
+    gap = paired_difference(first.number(length)[ours], second.number(length)[theirs])
+    values["length_difference"] = {"unit": length, **gap.__dict__}
+    header = [
+        "judge",
+        "A",
+        "B",
+        "A - B",
+        "A wins / ties / loses",
+        "preference for A",
+        "at equal length",
+    ]
+    text = "\n".join(
+        [
+            f"A: {first.source}",
+            f"B: {second.source}",
+            f"{len(ours)} prompts in common; A's responses are {gap} {length} longer",
+            "",
+            *markdown_rows(header, rows),
+            "",
+            "[95 % intervals]: bootstrap over prompts, differences paired; * excludes 0.",
+        ]
+    )
+    return text, values
+
+
+def _comparisons(
+    a: np.ndarray, b: np.ndarray, a_length: np.ndarray, b_length: np.ndarray, tie_within: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Outcome and length gap of every pair of responses that both have a score: [N] and [N]."""
+    gap = a[:, :, None] - b[:, None, :]
+    outcome = np.where(np.abs(gap) <= tie_within, 0.5, (gap > 0).astype(float))
+    longer = a_length[:, :, None] - b_length[:, None, :]
+    scored = ~np.isnan(gap)
+    return outcome[scored], longer[scored]
+
+
+def _outcome(outcome: SideBySide) -> dict[str, Any]:
+    return {**outcome.__dict__, "rate": outcome.rate.__dict__}
+
+
+def _marked(difference: Interval) -> str:
+    return f"{difference}{' *' if difference.excludes_zero else ''}"
+
+
+def _percent(rate: Interval) -> str:
+    return f"{rate.mean:.1%} [{rate.low:.1%}, {rate.high:.1%}]"
