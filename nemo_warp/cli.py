@@ -25,6 +25,7 @@ COMMANDS = {
     "status": ("nemo_warp.pipeline.commands.status", "what is done, running, failed, and next"),
     "resume": ("nemo_warp.pipeline.commands.resume", "go on after a stop or a failure"),
     "stop": ("nemo_warp.pipeline.commands.stop", "let members save, start nothing more"),
+    "report": ("nemo_warp.reporting.report", "one page of everything a run has measured"),
     "compare": ("nemo_warp.reporting.compare", "two policies side by side, or runs over seeds"),
     "doctor": ("nemo_warp.doctor", "what is installed, what is missing and how to get it"),
 }

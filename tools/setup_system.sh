@@ -33,6 +33,7 @@ need slurm-client "tests on a real Slurm are skipped" command -v sbatch
 need slurmctld "tests on a real Slurm are skipped" command -v slurmctld
 need slurmd "tests on a real Slurm are skipped" command -v slurmd
 need munge "tests on a real Slurm are skipped" command -v munged
+need chromium "the report's page is not looked at in a browser" command -v chromium
 
 [[ ${#missing[@]} -eq 0 ]] && exit 0
 

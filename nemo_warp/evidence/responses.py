@@ -58,6 +58,7 @@ class Responses:
 def write_responses(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Write the records durably and whole; the same records give the same bytes."""
     lines = (json.dumps(record, sort_keys=True, ensure_ascii=False) + "\n" for record in records)
+    path.parent.mkdir(parents=True, exist_ok=True)
     # mtime 0: gzip stores the time of writing otherwise.
     write_bytes_atomically(path, gzip.compress("".join(lines).encode(), mtime=0))
 

@@ -1,0 +1,166 @@
+"""What a run's page says in words and tables, read from its records."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nemo_warp.evidence.responses import read_responses
+from nemo_warp.evidence.texts import distinct, similarity
+from nemo_warp.records import RecordError
+from nemo_warp.reporting.run import Curve
+
+_MAX_TEXTS, _MAX_COLUMNS = 6, 5
+
+
+def title(run: Path) -> str:
+    """The recipe's name, or the directory's."""
+    return f"{_recipe(run).get('name') or run.resolve().name}: a WARP run"
+
+
+def subtitle(run: Path) -> str:
+    """Iterations, members and rewards in a line."""
+    recipe = _recipe(run)
+    rewards = ", ".join(recipe.get("rewards") or {}) or "unknown rewards"
+    return (
+        f"{recipe.get('iterations', '?')} iterations of {recipe.get('members', '?')} members; "
+        f"trained on {rewards}; further up and to the left is better"
+    )
+
+
+def angles(run: Path) -> dict[int, dict[str, float]]:
+    """Iteration -> group of tensors -> mean angle between pairs of task vectors (degrees)."""
+    found = {}
+    for path in sorted(run.glob("iteration_*/merge/report/report.json")):
+        units = dict(sorted(_json(path).get("units", {}).items(), key=_depth))
+        by_unit = {
+            name: [a for pair in unit.get("pairs", []) if (a := pair["task_vectors"]["angle"])]
+            for name, unit in units.items()
+        }
+        iteration = int(path.parts[-4].removeprefix("iteration_"))
+        found[iteration] = {n: sum(values) / len(values) for n, values in by_unit.items() if values}
+    return {iteration: values for iteration, values in found.items() if values}
+
+
+def diversity(run: Path, curves: Sequence[Curve]) -> dict[str, dict[str, list[float]]]:
+    """Distinct bigrams and the similarity of two generations, where responses were kept."""
+    bigrams, likeness = {}, {}
+    for curve in curves:
+        stage = (
+            run / "front"
+            if curve.kind == "final"
+            else (run / f"iteration_{curve.iteration:02d}" / "evaluation")
+        )
+        if curve.kind == "trajectory" or not (stage / "responses").is_dir():
+            continue
+        kept = [_responses(stage, point) for point in curve.points]
+        bigrams[curve.name] = [
+            math.nan if r is None else distinct([row[0] for row in r.texts], 2) for r in kept
+        ]
+        likeness[curve.name] = [
+            math.nan
+            if r is None or len(r.texts[0]) < 2
+            else float(similarity(*zip(*(row[:2] for row in r.texts), strict=True)).mean())
+            for r in kept
+        ]
+    return {"distinct bigrams (share)": bigrams, "similarity of two generations (BLEU)": likeness}
+
+
+def sample_texts(curves: Sequence[Curve]) -> tuple[list[str], list[list[str]]] | None:
+    """The same prompts' responses along the last front, with their rewards; None without any."""
+    fronts = [c for c in curves if c.kind != "trajectory" and c.points[0].get("samples")]
+    if not fronts:
+        return None
+    points = fronts[-1].points
+    step = max(1, math.ceil(len(points) / _MAX_COLUMNS))
+    points = [*points[:-1:step][: _MAX_COLUMNS - 1], points[-1]]
+    header = [
+        "prompt",
+        *(f"{fronts[-1].position} {p['eta']:g}, KL {p['kl_to_sft']:.1f}" for p in points),
+    ]
+    count = min(_MAX_TEXTS, *(len(point["samples"]) for point in points))
+    rows = [
+        [points[0]["samples"][i]["prompt"], *(_sample(p["samples"][i]) for p in points)]
+        for i in range(count)
+    ]
+    return header, rows
+
+
+def provenance(run: Path) -> list[list[str]]:
+    """Seeds, code and package versions, reward fingerprints."""
+    rows: dict[str, dict[str, None]] = defaultdict(dict)
+    for path in sorted(run.glob("iteration_*/member_*/completion.json")):
+        record = _json(path)
+        name = f"{path.parts[-3]}/{path.parts[-2]}"
+        rows["seeds"][f"{name}: {record.get('details', {}).get('seed')}"] = None
+        for reward, digest in (record.get("details", {}).get("rewards") or {}).items():
+            rows["rewards"][f"{reward}: {str(digest)[:12]}"] = None
+        rows["code"][str(record.get("code_version"))] = None
+        for package, version in record.get("versions", {}).items():
+            rows["versions"][f"{package} {version}"] = None
+    recipe = _recipe(run)
+    rows["seed of the recipe"][str(recipe.get("seed"))] = None
+    return [[name, "; ".join(values)] for name, values in rows.items()]
+
+
+def hours(run: Path) -> tuple[list[str], list[list[str]]]:
+    """Hours of attempts by kind of stage, and those of attempts that did not end well."""
+    total: dict[str, float] = defaultdict(float)
+    lost: dict[str, float] = defaultdict(float)
+    count: dict[str, int] = defaultdict(int)
+    for kind, seconds, code in _attempts(run):
+        total[kind] += seconds / 3600
+        count[kind] += 1
+        if code not in (0, 85):
+            lost[kind] += seconds / 3600
+    rows = [[kind, str(count[kind]), f"{total[kind]:.2f}", f"{lost[kind]:.2f}"] for kind in total]
+    return ["stages", "attempts", "hours", "of these in attempts that failed"], rows
+
+
+def _attempts(run: Path) -> Iterator[tuple[str, float, Any]]:
+    for path in sorted(run.glob("**/attempts/*/exit.json")):
+        started, ended = _json(path.with_name("attempt.json")), _json(path)
+        if "started" in started and "ended" in ended:
+            stage = path.parts[-4]
+            kind = stage.rpartition("_")[0] if stage[-1].isdigit() else stage
+            yield kind, ended["ended"] - started["started"], ended.get("exit_code")
+
+
+def _depth(unit: tuple[str, dict[str, Any]]) -> tuple[float, str]:
+    """Order through the network: embedding, layers, final norm and output layer."""
+    name, values = unit
+    depth = values.get("depth")
+    return (-1.0 if "embedding" in name else math.inf) if depth is None else depth, name
+
+
+def _responses(stage: Path, point: dict[str, Any]):
+    path = stage / "responses" / f"{point.get('base', 'init')}_{point['eta']:g}.jsonl.gz"
+    return read_responses(path) if path.exists() else None
+
+
+def _sample(sample: dict[str, Any]) -> str:
+    reward = sample.get("reward")
+    return f"{sample['response']}  ({'failed' if reward is None else format(reward, '.2f')})"
+
+
+def _recipe(run: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load((run / "recipe.yaml").read_text())
+    except (OSError, yaml.YAMLError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise RecordError(f"cannot read {path}: {error}") from error

@@ -1,0 +1,161 @@
+"""The page of a run, in a real browser: nothing is fetched, nothing fails, all of it shows."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from nemo_warp.cli import main
+from nemo_warp.evidence.responses import write_responses
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = [
+    "--headless",
+    "--no-sandbox",  # root has none
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-sync",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--hide-scrollbars",
+]
+
+
+def _lines(path, records):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def _sample(reward):
+    return {"prompt": "Say <b>it</b>", "response": f"a text worth {reward}", "reward": reward}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A finished run of one iteration, with a judge and two generations a prompt."""
+    root = tmp_path / "run #1"
+    for member in (1, 2):
+        folder = root / f"iteration_01/member_0{member}"
+        _lines(
+            folder / "metrics.jsonl",
+            [
+                {"kind": "eval", "step": s, "reward": s / 10, "kl_to_sft": s / 2, "entropy": 2.0}
+                for s in (0, 5, 10)
+            ],
+        )
+        (folder / "completion.json").write_text(
+            json.dumps(
+                {
+                    "code_version": "0.1+gabc",
+                    "versions": {"torch": "2.6"},
+                    "details": {"seed": 40 + member, "rewards": {"vader": "ab" * 32}},
+                }
+            )
+        )
+        attempt = folder / "attempts/001"
+        attempt.mkdir(parents=True)
+        (attempt / "attempt.json").write_text(json.dumps({"started": 0}))
+        (attempt / "exit.json").write_text(json.dumps({"ended": 7200, "exit_code": member - 1}))
+    points = [
+        {
+            "base": "sft",
+            "eta": e,
+            "reward": e,
+            "reward_stderr": 0.01,
+            "kl_to_sft": 9 * e * e,
+            "length": 20 + e,
+            "judges": {"tone": 0.5 - e},
+            "samples": [_sample(e)],
+        }
+        for e in (0.0, 0.5, 1.0)
+    ]
+    _lines(root / "front/points.jsonl", points)
+    for e in (0, 0.5, 1):
+        write_responses(
+            root / f"front/responses/sft_{e:g}.jsonl.gz",
+            [
+                {
+                    "prompt": "p",
+                    "prompt_index": 0,
+                    "generation": g,
+                    "response": "the heart of the king and of the land" if g else "a b a b c d e f",
+                }
+                for g in range(2)
+            ],
+        )
+    report = root / "iteration_01/merge/report/report.json"
+    report.parent.mkdir(parents=True)
+    pairs = [{"task_vectors": {"angle": 77.0}}]
+    units = {"decoder.layers.0": {"depth": 0, "pairs": pairs}, "embedding": {"pairs": pairs}}
+    report.write_text(json.dumps({"units": units}))
+    (root / "recipe.yaml").write_text(
+        "name: small\niterations: 1\nmembers: 2\nrewards: {vader: {}}"
+    )
+    return root
+
+
+def test_page_in_a_browser(run, tmp_path, capsys):
+    assert main(["report", str(run), "--output", str(tmp_path / "out")]) == 0
+    page = tmp_path / "out/index.html"
+    assert str(page) in capsys.readouterr().out
+    text = page.read_text()
+    own = re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)  # plotly's script names URLs
+    assert not re.search(r'(src|href)="(https?:)?//', own), "the page fetches nothing"
+    assert "<script src" not in text
+    for shown in (
+        "small: a WARP run",
+        "a text worth 0.5  (0.50)",
+        "Say &lt;b&gt;it",
+        "0.1+gabc",
+        "iteration_01/member_02: 42",
+        "<td>member</td><td>2</td><td>4.00</td><td>2.00</td>",
+    ):
+        assert shown in text, shown
+    if CHROMIUM is None:
+        pytest.skip("chromium is not installed (apt-get install chromium)")
+    picture = tmp_path / "page.png"
+    common = [
+        CHROMIUM,
+        *FLAGS,
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--window-size=1200,4200",
+        "--virtual-time-budget=10000",
+        "--enable-logging=stderr",
+    ]
+    found = subprocess.run(
+        [*common, "--dump-dom", page.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert ":CONSOLE" not in found.stderr, "the page's scripts failed"
+    for drawn in (
+        "similarity of two generations (BLEU)",
+        "tone",
+        "final front, LITI from sft",
+        "decoder.layers.0",
+        "length (tokens)",
+    ):
+        assert re.search(rf">{re.escape(drawn)}<", found.stdout), f"not drawn: {drawn}"
+    subprocess.run(
+        [*common, f"--screenshot={picture}", page.as_uri()],
+        capture_output=True,
+        timeout=120,
+        check=True,
+    )
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 50_000
+
+
+def test_without_plotly_the_page_is_left_out(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["report", str(run), "--output", str(tmp_path / "out")]) == 0
+    assert "plotly is not installed" in capsys.readouterr().out
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "curves.png",
+        "table.csv",
+        "table.md",
+    ]
