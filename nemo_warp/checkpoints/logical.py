@@ -12,21 +12,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import product
-from pathlib import Path
 
 import torch
 
 from nemo_warp.checkpoints.errors import CheckpointError
-
-
-@dataclass(frozen=True)
-class Record:
-    """A contiguous blob on disk, with the CRC-32 its container states (None if it states none)."""
-
-    path: Path
-    offset: int
-    size: int
-    crc32: int | None = None
+from nemo_warp.checkpoints.record import Record
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from nemo_warp.checkpoints.errors import CheckpointError
-from nemo_warp.checkpoints.logical import (
-    LogicalTensor,
-    Record,
-    check_tiling,
-    patches_of_block,
-)
+from nemo_warp.checkpoints.logical import LogicalTensor, check_tiling, patches_of_block
+from nemo_warp.checkpoints.record import Record
 
 WRAPPERS = ("model.module.module.", "model.module.", "model.", "module.")
 """Prefixes that wrappers put before the model's own names (NeMo 1, AMP O2, NeMo 2)."""

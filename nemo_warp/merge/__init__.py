@@ -13,16 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_warp.merge.compute import loops
-from nemo_warp.merge.execute import execute
+from nemo_warp.merge.execute import check_outputs, execute
 from nemo_warp.merge.options import MergeOptions, outputs_of
 from nemo_warp.merge.plan import MergePlan, make_plan, open_inputs
-from nemo_warp.merge.publish.verify import verify_outputs
-from nemo_warp.merge.ranks import World, world_from_environment
-from nemo_warp.merge.report.meter import Meter, summary
-from nemo_warp.merge.report.report import write_report
+from nemo_warp.merge.ranks import world_from_environment
+from nemo_warp.merge.report.meter import summary
 from nemo_warp.merge.report.statistics import merge_statistics
 from nemo_warp.merge.results import MergeResult
-from nemo_warp.merge.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -76,29 +73,19 @@ def merge(
     _log_plan(plan)
     world = world_from_environment()
     if dry_run:
-        Run(plan, world).check_targets()
+        check_outputs(plan)
         return None
-    return _carry_out(plan, world)
+    result = execute(plan, world)
+    if result is not None:
+        _log_result(result)
+    return result
 
 
-def _carry_out(plan: MergePlan, world: World) -> MergeResult | None:
-    meter = Meter(plan) if world.rank == 0 else None
-    run, result = execute(plan, world)
-    if meter is None:
-        return None
-    options = plan.options
-    if options.verify is not None:
-        count = verify_outputs(plan, result.units, run.written(), options.verify)
-        logger.info("verified %d tensors per output against a recomputation", count)
-    run.publish()
-    result.timing = meter.read(run.outputs[0].final.parent)
-    if options.report is not None:
-        write_report(result, options.report, result.timing)
+def _log_result(result: MergeResult) -> None:
     for warning in merge_statistics(result)["warnings"]:
-        if warning not in plan.notes:  # these were shown before the merge
+        if warning not in result.plan.notes:  # these were shown before the merge
             logger.warning("%s", warning)
     logger.info("%s", summary(result.timing))
-    return result
 
 
 def _log_plan(plan: MergePlan) -> None:

@@ -72,6 +72,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return exit_codes.FAILED
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        print("interrupted; nothing was published, run the same command again", file=sys.stderr)
         return exit_codes.FAILED
     return exit_codes.DONE

@@ -2,70 +2,125 @@
 
 from __future__ import annotations
 
-import fcntl
+import logging
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 from tqdm import tqdm
 
+from nemo_warp.checkpoints.io.open_files import OpenFiles
 from nemo_warp.merge.plan import GroupPlan, MergePlan
-from nemo_warp.merge.ranks import World
-from nemo_warp.merge.results import MergeResult
-from nemo_warp.merge.run import Run
+from nemo_warp.merge.publish.output import Output
+from nemo_warp.merge.publish.provenance import provenance_bytes
+from nemo_warp.merge.publish.targets import check_space, check_target
+from nemo_warp.merge.publish.transaction import Transaction, contents_of, hidden_folder
+from nemo_warp.merge.publish.verify import verify_outputs
+from nemo_warp.merge.ranks import Meeting, World
+from nemo_warp.merge.report.meter import Meter
+from nemo_warp.merge.report.report import write_report
+from nemo_warp.merge.results import GroupResult, MergeResult
+from nemo_warp.merge.share import merge_groups
+from nemo_warp.merge.similarity import refuse_similar
+
+logger = logging.getLogger(__name__)
 
 
-def execute(plan: MergePlan, world: World) -> tuple[Run, MergeResult | None]:
-    """Do this process's share; rank 0 returns with all outputs sealed but not published.
+def execute(plan: MergePlan, world: World) -> MergeResult | None:
+    """Do this process's share; rank 0 returns when the outputs have their names.
 
     Raises:
         CheckpointError: damaged or non-finite inputs; whatever was written is removed.
         ValueError: outputs exist, or the weights cannot be merged; likewise.
     """
-    run = Run(plan, world)
-    if world.rank == 0:
-        return run, _lead(run)
-    _follow(run)
-    return run, None
+    finals = _finals(plan)
+    notes = hidden_folder(finals[0])
+    meeting = Meeting(notes.with_name(f"{notes.name}.ranks"), world, plan.identity)
+    return _follow(plan, meeting) if world.rank else _lead(plan, meeting)
 
 
-def _lead(run: Run) -> MergeResult:
-    run.check_targets()
-    with _locked(run.outputs[0].folder):
-        try:
-            run.prepare()
-            run.meeting.admit()
-            _merge_share(run)
-            run.meeting.wait_for_all()
-            result = run.result()
-            run.seal(result)
-            return result
-        except Exception:
-            run.discard()
-            raise
+def check_outputs(plan: MergePlan) -> None:
+    """What a dry run can know about the outputs.
+
+    Raises:
+        ValueError: an output exists and may not be replaced.
+        OSError: the outputs do not fit on the disk.
+    """
+    for final in _finals(plan):
+        check_target(final, plan.options.overwrite)
+    _check_space(plan)
 
 
-def _follow(run: Run) -> None:
-    run.meeting.wait_until_prepared()
+def _lead(plan: MergePlan, meeting: Meeting) -> MergeResult:
+    options, meter = plan.options, Meter(plan)
+    finals = _finals(plan)
+    with Transaction(finals, plan.identity, options.overwrite, options.verify) as transaction:
+        if transaction.sealed_measures is None:
+            try:
+                transaction.begin()
+                groups = _build(plan, transaction, meeting)
+            finally:
+                meeting.close()
+            transaction.seal([group.to_json() for group in groups])
+        groups = map(GroupResult.from_json, transaction.sealed_measures)
+        result = MergeResult(plan, list(groups))
+        transaction.publish()
+        result.timing = meter.read(finals[0].parent)
+        if options.report is not None:
+            write_report(result, options.report, result.timing)
+        transaction.finish()
+    return result
+
+
+def _build(plan: MergePlan, transaction: Transaction, meeting: Meeting) -> list[GroupResult]:
+    """Bring all outputs to disk, complete and verified; returns the groups in canonical order."""
+    _check_space(plan)
+    tokens = meeting.gather()
+    with OpenFiles(os.O_RDWR) as files:
+        outputs = _outputs(plan, transaction.attempt, files)
+        for output in outputs:
+            output.create()
+        meeting.start(transaction.attempt, tokens)
+        known = {group.name: group for group in _merge_share(plan, outputs, meeting.world)}
+        for of_rank in meeting.results(tokens):
+            known |= {raw["group"]: GroupResult.from_json(raw) for raw in of_rank}
+        result = MergeResult(plan, [known[group.name] for group in plan.groups])
+        refuse_similar(plan, [unit.gram for unit in result.units.values()])
+        for index, output in enumerate(outputs):
+            parts = [part for group in result.groups for part in group.parts[index]]
+            eta = plan.options.etas[index]
+            output.complete(parts, provenance_bytes(plan, result.groups, eta))
+    if plan.options.verify is not None:
+        written = dict(zip(plan.options.etas, transaction.contents, strict=True))
+        count = verify_outputs(plan, result.units, written, plan.options.verify)
+        logger.info("verified %d tensors per output against a recomputation", count)
+    return result.groups
+
+
+def _follow(plan: MergePlan, meeting: Meeting) -> None:
+    attempt = meeting.join()
     try:
-        _merge_share(run)
+        with OpenFiles(os.O_RDWR) as files:
+            groups = _merge_share(plan, _outputs(plan, attempt, files), meeting.world)
     except Exception as error:
-        run.meeting.finish(error)
+        meeting.finish(error=error)
         raise
-    run.meeting.finish()
+    meeting.finish([group.to_json() for group in groups])
 
 
-def _merge_share(run: Run) -> None:
-    if run.journal.is_sealed():  # a killed run had only names left to give
-        return
-    groups = share(run.plan.groups, run.world)
-    total = sum(g.input_bytes + len(run.outputs) * g.output_bytes for g in groups)
-    quiet = run.world.rank != 0
+def _merge_share(plan: MergePlan, outputs: list[Output], world: World) -> list[GroupResult]:
+    """Merge this process's groups into all outputs; durable when it returns."""
+    groups = share(plan.groups, world)
+    total = sum(g.input_bytes + len(outputs) * g.output_bytes for g in groups)
+    quiet = world.rank != 0
     with tqdm(
         total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="merge", disable=quiet
     ) as bar:
-        run.merge_groups(groups, bar.update)
+        found = merge_groups(plan, groups, outputs, bar.update)
+    for output in outputs:
+        output.sync()
+    plan.check_unchanged()
+    return found
 
 
 def share(groups: Iterable[GroupPlan], world: World) -> list[GroupPlan]:
@@ -79,19 +134,21 @@ def share(groups: Iterable[GroupPlan], world: World) -> list[GroupPlan]:
     return [group for group in groups if owner[group.name] == world.rank]
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Make and hold the outputs' hidden folder: one merge per output at a time.
+def _finals(plan: MergePlan) -> list[Path]:
+    return [plan.options.outputs[eta] for eta in plan.options.etas]
 
-    Raises:
-        ValueError: another process holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise ValueError(f"another merge is at work in {folder}; wait for it or stop it") from None
-    finally:
-        os.close(descriptor)
+
+def _outputs(plan: MergePlan, attempt: str, files: OpenFiles) -> list[Output]:
+    finals = _finals(plan)
+    return [
+        Output(content, plan.image, final.suffix == ".nemo", files)
+        for final, content in zip(finals, contents_of(finals, attempt), strict=True)
+    ]
+
+
+def _check_space(plan: MergePlan) -> None:
+    sizes = []
+    for final in _finals(plan):
+        folder = next(path for path in final.absolute().parents if path.is_dir())
+        sizes.append((folder, plan.output_bytes))
+    check_space(sizes)

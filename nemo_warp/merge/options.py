@@ -87,10 +87,8 @@ class MergeOptions:
         if len(set(outputs)) != len(outputs):
             raise ValueError("several etas share one output; put {eta} into --output")
         for source in self.inputs:
-            if source.resolve() in outputs:
-                raise ValueError(
-                    f"{source} is both input and output; a merge never overwrites an input"
-                )
+            for output in outputs:
+                _keep_apart(source, output)
 
     @property
     def inputs(self) -> tuple[Path, ...]:
@@ -120,6 +118,21 @@ def outputs_of(template: str, etas: list[float]) -> dict[float, Path]:
     if "{eta}" not in template and len(etas) > 1:
         raise ValueError(f"{len(etas)} etas but one output; put {{eta}} into --output {template}")
     return {eta: Path(template.replace("{eta}", f"{eta:g}")) for eta in etas}
+
+
+def _keep_apart(source: Path, output: Path) -> None:
+    """Refuse an output whose writing or replacing could touch an input.
+
+    Raises:
+        ValueError: says how they meet.
+    """
+    place = source.resolve()
+    if place == output:
+        raise ValueError(f"{source} is both input and output; a merge never overwrites an input")
+    if output in place.parents:
+        raise ValueError(f"the output {output} would take the place of the folder of {source}")
+    if place in output.parents:
+        raise ValueError(f"the output {output} would lie inside the input {source}")
 
 
 def _one_of(name: str, value: Any, choices: tuple) -> None:

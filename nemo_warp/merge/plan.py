@@ -141,7 +141,7 @@ def make_plan(options: MergeOptions, inputs: tuple[Checkpoint, ...]) -> MergePla
     names = sorted(groups, key=group_order)
     ordered = tuple(GroupPlan(name, tuple(groups[name])) for name in names)
     files, versions = _file_states(inputs), _versions()
-    identity = _identity(options, files, tensors, versions)
+    identity = _identity(options, inputs, files, tensors, versions)
     once = tuple(dict.fromkeys(notes))
     return MergePlan(options, inputs, ordered, image, once, files, versions, identity)
 
@@ -246,11 +246,13 @@ def _versions() -> dict[str, str]:
 
 def _identity(
     options: MergeOptions,
+    inputs: tuple[Checkpoint, ...],
     files: dict[str, list[int]],
     tensors: list[TensorPlan],
     versions: dict[str, str],
 ) -> str:
     names = [[t.name, t.true_rows, t.unit, str(t.target.dtype)] for t in tensors]
     outputs = {repr(eta): str(path.resolve()) for eta, path in options.outputs.items()}
-    text = canonical_json([options.recorded(), files, names, outputs, versions])
+    roles = [[str(one.path.resolve()), one.path.name] for one in inputs]  # init and policies
+    text = canonical_json([options.recorded(), roles, files, names, outputs, versions])
     return hashlib.sha256(text.encode()).hexdigest()

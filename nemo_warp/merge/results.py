@@ -1,4 +1,4 @@
-"""What merging a group leaves behind, in a form that survives in a journal."""
+"""What merging a group leaves behind, in a form that travels between processes."""
 
 from __future__ import annotations
 

@@ -14,8 +14,7 @@ from synthetic_checkpoints import tiny_weights, write_nemo, write_torch_dist
 
 from nemo_warp import exit_codes
 from nemo_warp.checkpoints.io.direct import reserve
-from nemo_warp.merge import cli, merge, plan
-from nemo_warp.merge.publish.output import Output
+from nemo_warp.merge import cli, merge
 from nemo_warp.records import code_version
 
 ETAS = (0.3, 1.0)
@@ -130,7 +129,7 @@ def test_kill_at_a_random_moment(models, undisturbed, tmp_path, trial):
     rng = random.Random(trial)
     tar, replace = trial % 3 != 0, trial % 2 == 0
     wanted, seconds, calls = undisturbed[tar]
-    old = _old_outputs(tmp_path, tar) if replace else {}
+    old = _old_outputs(models, tmp_path, tar) if replace else {}
     options = {"tar": tar, "overwrite": replace}
     for _ in range(rng.choice((1, 1, 2, 3))):
         if trial < 10:
@@ -146,42 +145,14 @@ def test_kill_at_a_random_moment(models, undisturbed, tmp_path, trial):
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
-def _old_outputs(folder: Path, tar: bool) -> dict[str, bytes]:
+def _old_outputs(models: Path, folder: Path, tar: bool) -> dict[str, bytes]:
+    """Older checkpoints under the outputs' names."""
     for eta in ETAS:
-        path = folder / f"eta_{eta:g}.nemo" if tar else folder / f"eta_{eta:g}" / "old"
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(b"what was there before")
+        if tar:
+            shutil.copy(models / "a.nemo", folder / f"eta_{eta:g}.nemo")
+        else:
+            shutil.unpack_archive(models / "a.nemo", folder / f"eta_{eta:g}", "tar")
     return _tree(folder)
-
-
-def _merge_and_count_parts(models: Path, output: Path, note: Path) -> None:
-    real, parts = Output.write, []
-    Output.write = lambda *args: parts.append(real(*args)) or parts[-1]
-    _merge(models, output, tar=True)
-    note.write_text(str(len(parts)))
-
-
-def test_rerun_takes_over_finished_layers(models, undisturbed, tmp_path):
-    wanted, _, calls = undisturbed[True]
-    notes, outputs = [tmp_path / "all", tmp_path / "rest"], [tmp_path / "one", tmp_path / "two"]
-    for folder in outputs:
-        folder.mkdir()
-    assert _in_child(_merge_and_count_parts, models, outputs[0], notes[0]) == 0
-    killed = _in_child(_merge_and_die, models, outputs[1], calls * 9 // 10, tar=True)
-    assert killed == -signal.SIGKILL
-    assert _in_child(_merge_and_count_parts, models, outputs[1], notes[1]) == 0
-    assert _tree(outputs[0]) == _tree(outputs[1]) == wanted
-    assert int(notes[0].read_text()) > 100
-    assert int(notes[1].read_text()) == 0
-
-
-def test_rerun_by_other_code_starts_afresh(models, undisturbed, tmp_path, monkeypatch):
-    note, calls = tmp_path / "count", undisturbed[True][2]
-    killed = _in_child(_merge_and_die, models, tmp_path, calls * 9 // 10, tar=True)
-    assert killed == -signal.SIGKILL
-    monkeypatch.setattr(plan, "code_version", lambda: "another")
-    assert _in_child(_merge_and_count_parts, models, tmp_path, note) == 0
-    assert int(note.read_text()) > 100
 
 
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.6, 0.95])

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from nemo_warp.checkpoints.errors import CheckpointError
-from nemo_warp.checkpoints.logical import Record
+from nemo_warp.checkpoints.record import Record
 
 MAX_HEADER_BYTES = 1 << 20
 """No honest tar header (pax and long names included) comes near this."""

@@ -21,7 +21,8 @@ from nemo_warp.checkpoints.containers.torch_zip import (
     ZipImage,
 )
 from nemo_warp.checkpoints.errors import CheckpointError
-from nemo_warp.checkpoints.logical import LogicalTensor, Record
+from nemo_warp.checkpoints.logical import LogicalTensor
+from nemo_warp.checkpoints.record import Record
 
 DtypeRule = Callable[[torch.dtype], torch.dtype]
 """Output dtype of a floating tensor, given its dtype in the init."""

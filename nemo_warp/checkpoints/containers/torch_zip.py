@@ -21,7 +21,7 @@ from nemo_warp.checkpoints.containers.archive import RangeReader, read_record
 from nemo_warp.checkpoints.containers.unpickling import load_tensor_pickle
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.io.crc import crc32
-from nemo_warp.checkpoints.logical import Record
+from nemo_warp.checkpoints.record import Record
 
 MAX_DIRECTORY_BYTES = 1 << 26
 MAX_PICKLE_BYTES = 1 << 28

@@ -21,8 +21,9 @@ from nemo_warp.checkpoints.containers.image import CheckpointImage, DtypeRule, F
 from nemo_warp.checkpoints.containers.torch_zip import read_torch_zip
 from nemo_warp.checkpoints.containers.unpickling import StoredTensor
 from nemo_warp.checkpoints.errors import CheckpointError
-from nemo_warp.checkpoints.logical import LogicalTensor, Record, check_tiling
+from nemo_warp.checkpoints.logical import LogicalTensor, check_tiling
 from nemo_warp.checkpoints.names import Block, StackedTensor, canonical_name, logical_tensors
+from nemo_warp.checkpoints.record import Record
 
 FILE = "model_weights.ckpt"
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"

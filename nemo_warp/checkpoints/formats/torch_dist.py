@@ -19,8 +19,9 @@ from nemo_warp.checkpoints.containers.image import CheckpointImage, DtypeRule, F
 from nemo_warp.checkpoints.containers.torch_zip import ALIGNMENT
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.formats.torch_dist_index import Item, TorchDistIndex
-from nemo_warp.checkpoints.logical import LogicalTensor, Record
+from nemo_warp.checkpoints.logical import LogicalTensor
 from nemo_warp.checkpoints.names import DROPPED, Block, StackedTensor, logical_tensors, model_keys
+from nemo_warp.checkpoints.record import Record
 
 MASTERS = "optimizer.state.fp32_param."
 """Prefix of fp32 copies of parameters (megatron/core/optimizer/distrib_optimizer.py)."""

@@ -18,7 +18,7 @@ from nemo_warp.checkpoints.containers.archive import MAX_SMALL_FILE_BYTES, read_
 from nemo_warp.checkpoints.containers.torch_zip import TorchZip, read_torch_zip
 from nemo_warp.checkpoints.containers.unpickling import StoredTensor, load_metadata_pickle
 from nemo_warp.checkpoints.errors import CheckpointError
-from nemo_warp.checkpoints.logical import Record
+from nemo_warp.checkpoints.record import Record
 
 _MAX_AXES = 16
 

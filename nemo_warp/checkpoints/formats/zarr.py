@@ -18,7 +18,7 @@ import torch
 from nemo_warp.checkpoints.containers.archive import read_record
 from nemo_warp.checkpoints.containers.image import CheckpointImage, DtypeRule, FileImage
 from nemo_warp.checkpoints.errors import CheckpointError
-from nemo_warp.checkpoints.logical import LogicalTensor, Record
+from nemo_warp.checkpoints.logical import LogicalTensor
 from nemo_warp.checkpoints.names import (
     DROPPED,
     MAX_PATCHES,
@@ -27,6 +27,7 @@ from nemo_warp.checkpoints.names import (
     logical_tensors,
     model_keys,
 )
+from nemo_warp.checkpoints.record import Record
 
 DESCRIPTION = ".zarray"
 _MAX_DESCRIPTION_BYTES = 1 << 16

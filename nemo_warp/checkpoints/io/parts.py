@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from nemo_warp.checkpoints.io.crc import crc32_combine
-from nemo_warp.checkpoints.logical import Record
+from nemo_warp.checkpoints.record import Record
 
 
 class Part(NamedTuple):

@@ -10,25 +10,26 @@ import os
 import threading
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.io.crc import crc32
-from nemo_warp.checkpoints.io.direct import DirectFile, pages, room_for, scratch
+from nemo_warp.checkpoints.io.direct import pages, room_for, scratch
+from nemo_warp.checkpoints.io.open_files import OpenFiles
 from nemo_warp.checkpoints.io.parts import Checksums, Part
 from nemo_warp.checkpoints.io.slabs import Slab
-from nemo_warp.checkpoints.logical import LogicalTensor, Patch, Record
+from nemo_warp.checkpoints.logical import LogicalTensor, Patch
+from nemo_warp.checkpoints.record import Record
 
 _PIECE = 1 << 20
 
 
 class FileCache:
-    """Open files, shared by threads (reads are positional)."""
+    """The inputs' files, shared by threads, and which of their records were checked."""
 
     def __init__(self) -> None:
-        self._files: dict[Path, DirectFile] = {}
+        self._files = OpenFiles(os.O_RDONLY)
         self._lock = threading.Lock()
         self._whole: set[Record] = set()
 
@@ -36,9 +37,7 @@ class FileCache:
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
+        self._files.close()
 
     def read(self, record: Record, start: int, size: int, room: np.ndarray) -> np.ndarray:
         """Read ``size`` bytes from byte ``start`` of the record on.
@@ -52,11 +51,9 @@ class FileCache:
         Raises:
             CheckpointError: the file ends early.
         """
-        with self._lock:
-            if record.path not in self._files:
-                self._files[record.path] = DirectFile(record.path, os.O_RDONLY)
         offset = record.offset + start
-        found = self._files[record.path].read(room, size, offset)
+        with self._files.use(record.path) as file:
+            found = file.read(room, size, offset)
         if len(found) < size:
             raise CheckpointError(f"{record.path} ends at {offset + len(found)}; it was truncated")
         return found

@@ -146,11 +146,16 @@ def combine(inputs, first, coefficients, noise, tile, out, place, length, projec
         _weigh(tile, coefficients[num_outputs], task_vector)
         for k in range(num_outputs):
             target = out[k, place + start : place + stop]
-            _weigh(tile, coefficients[k], values)
-            if noise is None:
-                _round(values, target)
+            alone = _alone(coefficients[k])
+            if alone >= 0:  # times 1, plus 0 times the others, would turn -0.0 into 0.0
+                exact = tile[alone, : stop - start]
             else:
-                _round_at_random(values, noise[k, start:stop], target)
+                exact = values
+                _weigh(tile, coefficients[k], exact)
+            if noise is None:
+                _round(exact, target)
+            else:
+                _round_at_random(exact, noise[k, start:stop], target)
             projection, count = _compare(target, task_vector, tile[0])
             projections[k] += projection
             changed[k] += count
@@ -166,6 +171,18 @@ def _widen(stored, out):
 def _widen_difference(stored, base, out):
     for i in range(len(stored)):
         out[i] = _widened(stored[i]) - base[i]
+
+
+@_compiled
+def _alone(coefficients):
+    """Which input the coefficients copy; -1 if they combine several."""
+    found = -1
+    for n in range(len(coefficients)):
+        if coefficients[n] == 1.0 and found < 0:
+            found = n
+        elif coefficients[n] != 0.0:
+            return -1
+    return found
 
 
 @_compiled(fastmath={"contract"})

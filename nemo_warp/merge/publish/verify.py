@@ -1,7 +1,7 @@
 """Reread an output and compare it with a merge computed the slow way.
 
-Nothing is shared with the engine but the readers: whole tensors, float64 numpy, angles from whole
-vectors. A sample takes the smallest group, the largest, and some in between.
+Nothing is shared with the engine but the readers and the coefficients: slabs in float64, rounded by
+torch. A sample takes the smallest group, the largest, and some in between.
 """
 
 from __future__ import annotations
@@ -13,14 +13,24 @@ import torch
 
 from nemo_warp.checkpoints.checkpoint import open_checkpoint
 from nemo_warp.checkpoints.errors import CheckpointError
-from nemo_warp.checkpoints.inspection import read_tensor
-from nemo_warp.checkpoints.io.reading import FileCache
+from nemo_warp.checkpoints.io.direct import pages
+from nemo_warp.checkpoints.io.parts import Part
+from nemo_warp.checkpoints.io.reading import (
+    FileCache,
+    check_records,
+    check_replicas,
+    read_slab,
+    slab_room,
+)
+from nemo_warp.checkpoints.io.slabs import Slab, slabs_of
+from nemo_warp.checkpoints.logical import LogicalTensor
 from nemo_warp.merge.options import STOCHASTIC
 from nemo_warp.merge.plan import GroupPlan, MergePlan, TensorPlan
 from nemo_warp.merge.results import UnitResult
 
 SAMPLED_GROUPS = 4
 _MAX_UNEQUAL = 1e-3
+_REMEDY = "check memory and disk of this machine and merge again; nothing was published"
 
 
 def verify_outputs(
@@ -42,17 +52,20 @@ def verify_outputs(
     """
     groups = plan.groups if how == "full" else _sample(plan.groups)
     written = {eta: open_checkpoint(path) for eta, path in outputs.items()}
-    count = 0
+    tensors = [tensor for group in groups for tensor in group.tensors]
     with FileCache() as files:
-        for group in groups:
-            for tensor in group.tensors:
-                inputs = [read_tensor(files, source) for source in tensor.sources]
-                coefficients = units[tensor.unit].coefficients
-                for row, eta in zip(coefficients, plan.options.etas, strict=False):
-                    found = read_tensor(files, written[eta].tensors[tensor.name])
-                    _compare(plan, tensor, inputs, row, found, f"{outputs[eta]}: {tensor.name}")
-                count += 1
-    return count
+        for tensor in tensors:
+            targets = [written[eta].tensors[tensor.name] for eta in plan.options.etas]
+            rows = units[tensor.unit].coefficients[:-1]
+            found = _Comparison(files, plan, tensor, rows, targets).unequal()
+            for eta, count in zip(plan.options.etas, found, strict=True):
+                limit = 1.0 if plan.options.rounding == STOCHASTIC else _MAX_UNEQUAL
+                if count > max(1, limit * tensor.target.numel):
+                    raise CheckpointError(
+                        f"{outputs[eta]}: {tensor.name} differs from its recomputation in {count} "
+                        f"of {tensor.target.numel} elements; {_REMEDY}"
+                    )
+    return len(tensors)
 
 
 def _sample(groups: tuple[GroupPlan, ...]) -> list[GroupPlan]:
@@ -61,26 +74,59 @@ def _sample(groups: tuple[GroupPlan, ...]) -> list[GroupPlan]:
     return [by_size[index] for index in sorted(set(picks.tolist()))]
 
 
-def _compare(
-    plan: MergePlan, tensor: TensorPlan, inputs, row: np.ndarray, found, what: str
-) -> None:
-    true, dtype = tensor.true_rows, tensor.target.dtype
-    exact = sum(
-        weight * values[:true].to(torch.float64)
-        for weight, values in zip(row.tolist(), inputs, strict=True)
-    )
-    padding = inputs[0][true:].to(dtype)
-    if found.dtype != dtype or not torch.equal(found[true:], padding):
-        raise CheckpointError(f"{what} has the wrong dtype or padding; delete the output")
-    expected = exact.to(dtype)
-    different = found[:true] != expected
-    limit = 1.0 if plan.options.rounding == STOCHASTIC else _MAX_UNEQUAL
-    unequal = int(different.sum())
-    if unequal > max(1, limit * exact.numel()) or not _within_one_ulp(found[:true], exact):
-        raise CheckpointError(
-            f"{what} differs from its recomputation in {unequal} of {exact.numel()} elements; "
-            "delete the output and check memory and disk of this machine"
-        )
+class _Comparison:
+    """One tensor in all outputs against the inputs, slab by slab.
+
+    Args:
+        files: to read from.
+        plan: of the merge.
+        tensor: what is compared.
+        coefficients: [K, N] over the inputs.
+        targets: the tensor in each output.
+    """
+
+    def __init__(self, files, plan: MergePlan, tensor: TensorPlan, coefficients, targets):
+        self._files, self._plan, self._tensor = files, plan, tensor
+        self._coefficients, self._targets = coefficients, targets
+        self._parts: list[Part] = []
+
+    def unequal(self) -> list[int]:
+        """Per output, how many elements differ from the recomputation by the last place.
+
+        Raises:
+            CheckpointError: one differs by more, or in its padding or dtype.
+        """
+        tensor = self._tensor
+        counts = [0] * len(self._targets)
+        for slab in slabs_of(0, tensor.true_rows, tensor.target.cols):
+            inputs = [self._read(source, slab).to(torch.float64) for source in tensor.sources]
+            for k, target in enumerate(self._targets):
+                weights = self._coefficients[k].tolist()
+                exact = sum(w * values for w, values in zip(weights, inputs, strict=True))
+                found = self._read(target, slab)
+                if found.dtype != tensor.target.dtype or not _within_one_ulp(found, exact):
+                    raise CheckpointError(
+                        f"{tensor.name} differs from its recomputation; {_REMEDY}"
+                    )
+                counts[k] += int((found != exact.to(found.dtype)).sum())
+        for slab in slabs_of(tensor.true_rows, tensor.target.rows, tensor.target.cols):
+            padding = self._read(tensor.sources[0], slab).to(tensor.target.dtype)
+            for target in self._targets:  # as bits: padding may hold NaNs
+                if not torch.equal(_bits(self._read(target, slab)), _bits(padding)):
+                    raise CheckpointError(f"{tensor.name} has another padding; {_REMEDY}")
+        check_records(self._files, [*tensor.sources, *self._targets], self._parts)
+        return counts
+
+    def _read(self, tensor: LogicalTensor, slab: Slab) -> torch.Tensor:
+        room = pages(slab_room(tensor, slab))
+        rows, parts = read_slab(self._files, tensor, slab, room)
+        check_replicas(self._files, tensor, slab, rows)
+        self._parts += parts
+        return torch.from_numpy(rows).view(tensor.dtype)
+
+
+def _bits(values: torch.Tensor) -> torch.Tensor:
+    return values.contiguous().view(torch.uint8)
 
 
 def _within_one_ulp(found: torch.Tensor, exact: torch.Tensor) -> bool:

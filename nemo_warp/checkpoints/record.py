@@ -1,0 +1,16 @@
+"""A place on disk; apart from `logical`, so that who needs no tensors needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Record:
+    """A contiguous blob on disk, with the CRC-32 its container states (None if it states none)."""
+
+    path: Path
+    offset: int
+    size: int
+    crc32: int | None = None
