@@ -51,6 +51,7 @@ NOT_IDENTITY = (
     "model.micro_batch_size",
     "rollout.forward_micro_batch_size",
     "algorithm.offload_anchor",
+    "allow_different_configs",
 )
 """Patterns of the keys `identity_hash` leaves out: places, limits, paths of inputs, layout."""
 

@@ -17,6 +17,7 @@ from nemo_warp.aligner.entry.prompts import read_prompts
 from nemo_warp.aligner.entry.validation import (
     check_evaluation_sizes,
     check_layout,
+    check_same_model,
     data_parallel_size,
     max_prompt_tokens,
     read_model_config,
@@ -76,6 +77,7 @@ def check_evaluation(config: DictConfig) -> list[str]:
             raise ValueError(f"etas holds {eta}, expected 0 to {_MAX_ETA:g}")
     for name in ("base", "slerp", "sft"):
         check_layout(read_model_config(Path(config[name])), config, Path(config[name]))
+    check_same_model(config, "base", "slerp", "sft")
     max_prompt_tokens(config, config.base)
     check_evaluation_sizes(
         config.evaluation, config.rollout.forward_micro_batch_size, data_parallel_size(config)

@@ -13,9 +13,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 import torch
-import yaml
 
 from nemo_warp.checkpoints.containers.archive import Archive, open_archive
+from nemo_warp.checkpoints.containers.configuration import read_configuration
 from nemo_warp.checkpoints.containers.image import CheckpointImage, DtypeRule, FileImage
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.formats.rank_files import FILE, RankFileStore, rank_files
@@ -23,11 +23,8 @@ from nemo_warp.checkpoints.formats.torch_dist import TorchDistStore
 from nemo_warp.checkpoints.formats.zarr import DESCRIPTION, ZarrStore
 from nemo_warp.checkpoints.logical import LogicalTensor
 
-_YamlLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 MERGEABLE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-CONFIG = "model_config.yaml"
 PROVENANCE = "warp_merge.json"
-_MAX_YAML_DEPTH = 64
 WEIGHTS = "model_weights"
 
 
@@ -105,7 +102,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} holds an adapter, not a model; merge it into its base first")
     if any(name.startswith("modelopt_") for name in names):
         raise CheckpointError(f"{path} is quantised (modelopt); merge the policy before quantising")
-    config = _config(archive)
+    config = read_configuration(archive)
     kind, weights, store = _open_store(archive, config)
     _refuse_unmergeable(path, store.tensors)
     return Checkpoint(path, kind, archive, weights, store, config)
@@ -155,27 +152,3 @@ def _refuse_unmergeable(path: Path, tensors: dict[str, LogicalTensor]) -> None:
                 f"{path}: {name} is stored as {tensor.dtype}; quantised weights cannot be merged, "
                 "export the policy in bfloat16 or float32"
             )
-
-
-def _refuse_yaml_bombs(text: bytes) -> None:
-    """Raise on YAML whose loading could take forever: deep nesting, and ``<<`` merge keys."""
-    depth = 0
-    for event in yaml.parse(text, Loader=_YamlLoader):
-        depth += isinstance(event, yaml.CollectionStartEvent)
-        depth -= isinstance(event, yaml.CollectionEndEvent)
-        if depth > _MAX_YAML_DEPTH or getattr(event, "value", None) == "<<":
-            raise yaml.YAMLError("nested too deeply, or with merge keys, for a NeMo configuration")
-
-
-def _config(archive: Archive) -> dict[str, Any]:
-    if CONFIG not in archive.members:
-        return {}
-    try:
-        text = archive.read(CONFIG, limit=1 << 22)
-        _refuse_yaml_bombs(text)
-        config = yaml.load(text, Loader=_YamlLoader)
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
-        raise CheckpointError(f"{archive.path}: {CONFIG} is not readable YAML ({error})") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{archive.path}: {CONFIG} is not a mapping")
-    return config

@@ -51,6 +51,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--source", choices=SOURCES, default="weights", help="masters: fp32 optimizer copies")
     add("--vocab-size", type=int, help="true rows of the embedding (default: found in the inputs)")
     add("--allow-similar", action="store_true", help="accept policies with a cosine above 0.99")
+    add(
+        "--allow-different-configs",
+        action="store_true",
+        help="merge models with another rotary base, activation, norm, heads or tokenizer",
+    )
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processors to use")
     add("--report", type=Path, help="folder for report.json, table and pictures")
     add("--verify", nargs="?", const="sample", choices=("sample", "full"), help="reread and check")

@@ -36,6 +36,7 @@ class MergeOptions:
         source: ``weights``, or fp32 ``masters`` from training checkpoints where there are any.
         vocab_size: true rows of the embedding; None reads it from the configuration or tokenizer.
         allow_similar: accept policies whose task vectors have a cosine above 0.99.
+        allow_different_configs: merge models that compute different things with equal weights.
         workers: processors to use per process; the result does not depend on it.
         report: directory for report.json, table and pictures; None writes none.
         verify: None, ``sample`` or ``full``.
@@ -55,6 +56,7 @@ class MergeOptions:
     source: str = "weights"
     vocab_size: int | None = None
     allow_similar: bool = False
+    allow_different_configs: bool = False
     workers: int = 1
     report: Path | None = None
     verify: str | None = None

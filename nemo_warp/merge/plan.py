@@ -14,6 +14,7 @@ from nemo_warp.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from nemo_warp.checkpoints.containers.image import CheckpointImage
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.logical import LogicalTensor
+from nemo_warp.checkpoints.meaning import check_same_meaning, meaning_of
 from nemo_warp.checkpoints.names import group_of, group_order
 from nemo_warp.checkpoints.vocabulary import VOCABULARY_TENSORS, true_vocab_size
 from nemo_warp.merge.options import MergeOptions
@@ -123,6 +124,7 @@ def make_plan(options: MergeOptions, inputs: tuple[Checkpoint, ...]) -> MergePla
     tables = _source_tables(options, inputs, notes)
     for other, table in zip(inputs[1:], tables[1:], strict=True):
         _check_same_names(inputs[0], other, tables[0], table)
+    _check_meaning(options, inputs, notes)
     vocab_size = options.vocab_size or _vocab_size(inputs)
     image = inputs[0].image(dtype_rule(options))
     tensors = []
@@ -190,6 +192,16 @@ def _check_same_names(init: Checkpoint, other: Checkpoint, expected: dict, found
             f"{other.path} {which} ({len(missing)} missing, {len(extra)} extra against "
             f"{init.path}); the checkpoints are not the same model"
         )
+
+
+def _check_meaning(options, inputs, notes) -> None:
+    models = {checkpoint.path: meaning_of(checkpoint.archive) for checkpoint in inputs}
+    try:
+        check_same_meaning(models, "pass --allow-different-configs to merge them all the same")
+    except ValueError as error:
+        if not options.allow_different_configs:
+            raise
+        notes.append(f"merged all the same: {error}")
 
 
 def _check_shapes(name, sources, inputs, true_rows: int) -> None:

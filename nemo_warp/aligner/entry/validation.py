@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from nemo_warp.checkpoints.errors import CheckpointError
+from nemo_warp.checkpoints.meaning import check_same_meaning, read_meaning
 from nemo_warp.core.reinforce import (
     BASELINES,
     KL_ESTIMATORS,
@@ -31,6 +33,23 @@ def validate_member(config: Any) -> None:
     _check_batch_sizes(config)
     for name in ("init", "sft"):
         check_layout(read_model_config(Path(config[name])), config, Path(config[name]))
+    check_same_model(config, "init", "sft")
+
+
+def check_same_model(config: Any, *names: str) -> None:
+    """Refuse checkpoints whose weights would mean something else in the first one's model.
+
+    Raises:
+        ValueError: names the two and the property, such as the rotary base or the tokenizer.
+    """
+    if config.allow_different_configs:
+        return
+    paths = dict.fromkeys(config[name] for name in names)
+    try:
+        models = {path: read_meaning(Path(path)) for path in paths}
+    except CheckpointError as error:
+        raise ValueError(str(error)) from error
+    check_same_meaning(models, "set allow_different_configs=true")
 
 
 def _check_choices(config: Any) -> None:
