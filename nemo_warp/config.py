@@ -8,8 +8,8 @@ are replaced whole. Standard library and OmegaConf only.
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,10 +21,34 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import nemo_warp
+from nemo_warp import yaml_text
 from nemo_warp.records import config_hash
+from nemo_warp.schema.check import check, check_at, takes_text, type_at, unknown_key
+from nemo_warp.schema.cluster import Cluster
+from nemo_warp.schema.evaluation import Front
+from nemo_warp.schema.member import Member
+from nemo_warp.schema.recipe import Recipe
+from nemo_warp.schema.reward_model import RewardModel
 
 CONF_DIRECTORY = Path(nemo_warp.__file__).resolve().parent.parent / "conf"
 """Where the defaults are: ``conf/`` of the checkout."""
+
+SCHEMAS: dict[str, type] = {
+    "member": Member,
+    "evaluation": Front,
+    "recipe": Recipe,
+    "cluster": Cluster,
+    "reward_model": RewardModel,
+}
+"""What ``nemo-warp keys`` lists, by name."""
+
+_FILES = {
+    "member.yaml": Member,
+    "evaluation.yaml": Front,
+    "recipe.yaml": Recipe,
+    "cluster/defaults.yaml": Cluster,
+    "reward_model.yaml": RewardModel,
+}
 
 NOT_IDENTITY = (
     "run.directory",
@@ -69,6 +93,9 @@ def load_config(
 ) -> DictConfig:
     """Merge ``overrides`` in order into ``defaults``.
 
+    Values are checked against the schema of ``defaults``; a file of defaults without one
+    (``recipes/tiny/pretrain.yaml``) is its own: each value has its default's type.
+
     Args:
         defaults: YAML file that holds every key.
         overrides: YAML files, mappings (`Overrides` to name them), or lists of ``a.b=c`` arguments
@@ -78,15 +105,38 @@ def load_config(
         ValueError: a file cannot be read, a key is unknown, or a value has the wrong type.
     """
     known = _read(defaults)
+    schema = schema_of(defaults)
     merged = known
     for override in overrides:
         if isinstance(override, list):
-            merged = _apply_arguments(merged, override, known, str(defaults))
+            merged = _apply_arguments(merged, override, known, schema, str(defaults))
+            continue
+        values, source = _values(override)
+        if schema is not None:
+            values = check(values, schema, source)
         else:
-            values, source = _values(override)
             _check(values, known, source, str(defaults))
-            merged = _merge(merged, values)
+        merged = _merge(merged, values)
     return OmegaConf.create(merged)
+
+
+def schema_of(defaults: Path) -> type | None:
+    """The schema of a file of defaults in ``conf/``; None for any other file."""
+    try:
+        return _FILES.get(defaults.resolve().relative_to(CONF_DIRECTORY).as_posix())
+    except ValueError:
+        return None
+
+
+def check_resolved(config: DictConfig, defaults: Path, source: str) -> None:
+    """Check what interpolations gave: `load_config` could not know it yet.
+
+    Raises:
+        ValueError: an interpolation points at nothing, or gives a value that may not stand there.
+    """
+    schema = schema_of(defaults)
+    if schema is not None:
+        check(to_plain(config), schema, source, complete=True)
 
 
 def require_complete(config: DictConfig) -> None:
@@ -127,7 +177,7 @@ def check_keys(given: Iterable[str], known: Iterable[str], where: str) -> None:
     names = sorted(known)
     for key in given:
         if key not in names:
-            raise ValueError(f"unknown key '{key}' in {where}{_suggestion(str(key), names)}")
+            raise unknown_key(str(key), where, names)
 
 
 def identity_hash(config: Mapping[str, Any]) -> str:
@@ -155,28 +205,28 @@ def _left_out(path: str) -> bool:
     return any(fnmatch.fnmatchcase(path, pattern) for pattern in NOT_IDENTITY)
 
 
-def _suggestion(key: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1)
-    return f"; did you mean '{close[0]}'?" if close else f"; known keys: {', '.join(known)}"
-
-
 def _read(path: Path) -> dict[str, Any]:
     """The file's content, interpolations unresolved; not to be changed in place."""
     try:
         return _parse(path, path.stat().st_mtime_ns)
     except FileNotFoundError:
         raise ValueError(f"no configuration file {path}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ValueError(f"cannot read {path} as YAML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}); save it as UTF-8") from error
+    except (OSError, yaml.YAMLError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"cannot read {path} as YAML: {said}") from error
 
 
 @lru_cache(maxsize=64)
 def _parse(path: Path, _modified_ns: int) -> dict[str, Any]:
     """Cached: the defaults are read once per process, not once per member."""
-    config = OmegaConf.load(path)
-    if not isinstance(config, DictConfig):
-        raise ValueError(f"{path} holds {type(config).__name__}, expected a table of keys")
-    return to_plain(config, resolve=False)
+    values = yaml_text.load_file(path)
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {type(values).__name__}, expected a table of keys")
+    return values
 
 
 def _merge(base: Any, changes: Any) -> Any:
@@ -209,8 +259,7 @@ def _check(values: Any, known: Any, source: str, defaults: str, path: str = "") 
     for key, value in values.items():
         name = f"{path}.{key}" if path else str(key)
         if key not in known:
-            names = [f"{path}.{k}" if path else k for k in known]
-            raise ValueError(f"unknown key '{name}' in {source}{_suggestion(name, names)}")
+            raise unknown_key(name, source, (f"{path}.{k}" if path else k for k in known))
         _check(value, known[key], source, defaults, name)
 
 
@@ -231,32 +280,59 @@ def _check_type(value: Any, default: Any, path: str, source: str) -> None:
 
 
 def _apply_arguments(
-    merged: dict[str, Any], arguments: list[str], known: Any, defaults: str
+    merged: dict[str, Any], arguments: list[str], known: Any, schema: type | None, defaults: str
 ) -> dict[str, Any]:
     config = OmegaConf.create(merged)
     for argument in arguments:
-        _apply_argument(config, argument, known, defaults)
+        key, equals, text = argument.partition("=")
+        if not equals or not key.strip():
+            raise ValueError(f"'{argument}' is not an override; write key=value, e.g. a.b=3")
+        parts = key.strip().replace("[", ".").replace("]", "").split(".")
+        if schema is None:
+            value = _given(argument, text)
+            _check(_nested(parts, value), known, "the command line", defaults)
+        else:
+            value = _typed(argument, text, parts, schema)
+        try:
+            OmegaConf.update(config, ".".join(parts), value, merge=True)
+        except (IndexError, ValueError, TypeError, OmegaConfBaseException) as error:
+            raise ValueError(f"cannot apply '{argument}': {error}") from error
     return to_plain(config, resolve=False)
 
 
-def _apply_argument(config: DictConfig, argument: str, known: Any, defaults: str) -> None:
-    """Apply one ``a.b=c`` argument to ``config`` in place."""
-    key, equals, text = argument.partition("=")
-    key = key.strip()
-    if not equals or not key:
-        raise ValueError(f"'{argument}' is not an override; write key=value, e.g. a.b=3")
+def _typed(argument: str, text: str, parts: list[str], schema: type) -> Any:
+    """The value of an argument, as the schema wants it at its key."""
+    kind = type_at(schema, parts)
+    if kind is None:
+        check(_nested(parts, None), schema, "the command line")  # names the unknown part
+        raise ValueError(f"cannot apply '{argument}': there is no such key")
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    if takes_text(kind) and not quoted and text not in ("null", "~"):
+        return check_at(text, schema, parts, "the command line")
+    return check_at(_given(argument, text), schema, parts, "the command line")
+
+
+def _given(argument: str, text: str) -> Any:
+    """The value of an argument as YAML.
+
+    Raises:
+        ValueError: it is not YAML, or a part of it would be taken for a comment.
+    """
     try:
-        parsed = OmegaConf.from_dotlist([f"value={text}"])
-        value = to_plain(parsed, resolve=False)["value"]
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ValueError(f"cannot read the value of '{argument}': {error}") from error
-    parts = key.replace("[", ".").replace("]", "").split(".")
+        value = yaml_text.load(text)
+        comment = re.search(r"\s#", text)
+        if comment and yaml_text.load(text[: comment.start()]) == value:
+            raise ValueError(f"'{argument}' holds ' #', where a comment begins; put it in quotes")
+    except yaml.YAMLError as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"cannot read the value of '{argument}': {said}") from error
+    return value
+
+
+def _nested(parts: list[str], value: Any) -> Any:
+    """``{a: {b: value}}`` for the parts a, b; a list's value is left out."""
     in_list = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
     nested: Any = value if in_list == len(parts) else []
     for part in reversed(parts[:in_list]):
         nested = {part: nested}
-    _check(nested, known, "the command line", defaults)
-    try:
-        OmegaConf.update(config, ".".join(parts), value, merge=True)
-    except (IndexError, ValueError, TypeError, OmegaConfBaseException) as error:
-        raise ValueError(f"cannot apply '{argument}': {error}") from error
+    return nested

@@ -16,7 +16,7 @@ from nemo_warp import exit_codes
 from nemo_warp.aligner.entry.frame import run_once
 from nemo_warp.aligner.entry.prompts import read_prompts
 from nemo_warp.aligner.entry.validation import max_prompt_tokens, validate_member
-from nemo_warp.config import CONF_DIRECTORY, load_config, require_complete
+from nemo_warp.config import CONF_DIRECTORY, check_resolved, load_config, require_complete
 
 _EPILOG = f"""\
 run it under srun or torchrun, one process per device:
@@ -68,6 +68,7 @@ def check_member(config: Any) -> dict[str, list[str]]:
         ValueError: with one clear sentence.
     """
     require_complete(config)
+    check_resolved(config, CONF_DIRECTORY / "member.yaml", "the configuration")
     validate_member(config)
     max_prompt_tokens(config, config.init)
     texts = {

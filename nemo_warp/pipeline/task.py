@@ -19,9 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from nemo_warp import exit_codes
+from nemo_warp import exit_codes, yaml_text
 from nemo_warp.pipeline.disk import attempts, locks
 from nemo_warp.pipeline.disk.request import Request, build_request, read_request
 from nemo_warp.pipeline.disk.state import Status, inspect, is_done
@@ -132,7 +130,7 @@ def _set_up(recipe: Recipe, stage: Stage, request: Request) -> None:
     paths = recipe.paths.stage(stage.name)
     _supersede(recipe, stage, request)
     paths.directory.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(paths.config, yaml.safe_dump(request.config, sort_keys=False))
+    write_text_atomically(paths.config, yaml_text.dump(request.config))
     write_json_atomically(paths.request, request.record())
 
 

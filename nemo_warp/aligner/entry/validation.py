@@ -8,18 +8,20 @@ from typing import Any
 
 import yaml
 
+from nemo_warp import yaml_text
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.meaning import check_same_meaning, read_meaning
-from nemo_warp.core.reinforce import (
-    BASELINES,
-    KL_ESTIMATORS,
-    KL_REDUCTIONS,
-    POLICY_REDUCTIONS,
-)
+from nemo_warp.schema.rules import check_signal
 
-ANCHORS = ("ema", "sft", "none")
-EXPORT_DTYPES = ("same", "float32", "bfloat16")
 _MODEL_CONFIG = "model_config.yaml"
+_SIZES = (
+    "num_layers",
+    "num_attention_heads",
+    "num_query_groups",
+    "encoder_seq_length",
+    "max_position_embeddings",
+)
+"""What is computed with before NeMo is imported; null is allowed for the query groups only."""
 
 
 def validate_member(config: Any) -> None:
@@ -28,8 +30,7 @@ def validate_member(config: Any) -> None:
     Raises:
         ValueError: what is wrong, where, and what was expected.
     """
-    _check_choices(config)
-    _check_ranges(config)
+    _check_algorithm(config)
     _check_batch_sizes(config)
     for name in ("init", "sft"):
         check_layout(read_model_config(Path(config[name])), config, Path(config[name]))
@@ -52,41 +53,20 @@ def check_same_model(config: Any, *names: str) -> None:
     check_same_meaning(models, "set allow_different_configs=true")
 
 
-def _check_choices(config: Any) -> None:
+def _check_algorithm(config: Any) -> None:
     algorithm = config.algorithm
-    _require_one_of("algorithm.anchor", algorithm.anchor, ANCHORS)
-    _require_one_of("algorithm.kl_estimator", algorithm.kl_estimator, tuple(KL_ESTIMATORS))
-    _require_one_of("algorithm.kl_reduction", algorithm.kl_reduction, KL_REDUCTIONS)
-    _require_one_of("algorithm.baseline", algorithm.baseline, BASELINES)
-    _require_one_of("algorithm.policy_reduction", algorithm.policy_reduction, POLICY_REDUCTIONS)
-    _require_one_of("export.dtype", config.export.dtype, EXPORT_DTYPES)
     if algorithm.anchor == "none" and algorithm.kl_coefficient != 0:
         raise ValueError(
             f"algorithm.anchor is none, but kl_coefficient is {algorithm.kl_coefficient}; without "
             "an anchor there is no KL: set algorithm.kl_coefficient=0"
         )
+    check_signal(config.rollout, algorithm)
     scheme = (config.model.extra.get("peft") or {}).get("peft_scheme", "none")
     if scheme not in (None, "none"):
         raise ValueError(
             f"model.extra.peft.peft_scheme is {scheme}; WARP averages full weights, adapters "
             "(PEFT, LoRA) are not supported: merge the adapter into the model first"
         )
-
-
-def _check_ranges(config: Any) -> None:
-    _require_range("algorithm.kl_coefficient", config.algorithm.kl_coefficient, 0, 1e6)
-    _require_range("algorithm.ema_update_rate", config.algorithm.ema_update_rate, 0, 1)
-    _require_positive("rollout.temperature", config.rollout.temperature)
-    _require_positive("algorithm.log_prob_temperature", config.algorithm.log_prob_temperature)
-    _require_positive("optim.lr", config.optim.lr)
-    for key in ("total_steps", "eval_interval", "save_interval"):
-        _require_positive(f"run.{key}", config.run[key])
-    _require_range("run.keep_checkpoints", config.run.keep_checkpoints, 2, 1e6)
-    for key in ("prompts_per_step", "samples_per_prompt", "updates_per_rollout",
-                "max_response_tokens", "micro_batch_size", "forward_micro_batch_size"):  # fmt: skip
-        _require_positive(f"rollout.{key}", config.rollout[key])
-    for key in ("num_prompts", "micro_batch_size"):
-        _require_positive(f"evaluation.{key}", config.evaluation[key])
 
 
 def _check_batch_sizes(config: Any) -> None:
@@ -135,21 +115,41 @@ def read_model_config(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is missing, truncated or no NeMo checkpoint.
     """
+    where = f"{path}/{_MODEL_CONFIG}"
+    try:
+        text = _model_config_text(path)
+        model = yaml_text.load(text.decode("utf-8-sig"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"{where} is damaged: {said}; copy the checkpoint again") from error
+    if not isinstance(model, dict):
+        raise ValueError(f"{where} holds {type(model).__name__}, expected a table of keys")
+    for key in _SIZES:
+        value = model.get(key)
+        optional = key == "num_query_groups" and value is None
+        if not optional and (type(value) is not int or value < 1):
+            raise ValueError(f"'{key}' in {where} is {value!r}, expected a whole number above 0")
+    return model
+
+
+def _model_config_text(path: Path) -> bytes:
     if path.is_dir():
         file = path / _MODEL_CONFIG
         if not file.is_file():
             raise ValueError(f"{path} has no {_MODEL_CONFIG}; is it a NeMo checkpoint?")
-        return yaml.safe_load(file.read_text())
+        return file.read_bytes()
     if not path.is_file():
         raise ValueError(f"no checkpoint {path}")
     try:
         with tarfile.open(path) as archive:
             members = {m.name.removeprefix("./"): m for m in archive.getmembers()}
             stream = archive.extractfile(members[_MODEL_CONFIG])
-            return yaml.safe_load(stream.read())
+            if stream is None:
+                raise ValueError(f"{_MODEL_CONFIG} in {path} is no file; is it a NeMo checkpoint?")
+            return stream.read()
     except KeyError:
         raise ValueError(f"{path} has no {_MODEL_CONFIG}; is it a NeMo checkpoint?") from None
-    except (tarfile.TarError, EOFError, OSError, yaml.YAMLError) as error:
+    except (tarfile.TarError, EOFError, OSError) as error:
         raise ValueError(f"{path} is truncated or no .nemo file: {error}; copy it again") from error
 
 
@@ -185,21 +185,6 @@ def max_prompt_tokens(config: Any, checkpoint: str) -> int:
             f"{checkpoint} reads at most {context} tokens: no room for a prompt"
         )
     return min(room, config.prompts.max_tokens or room)
-
-
-def _require_one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
-
-
-def _require_range(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise ValueError(f"{name} is {value}, expected {low} to {high:g}")
-
-
-def _require_positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{name} is {value}, expected more than 0")
 
 
 def _require_multiple(name: str, value: int, of_name: str, of: int) -> None:

@@ -10,8 +10,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from nemo_warp import yaml_text
 from nemo_warp.pipeline.recipe import inputs
 from nemo_warp.pipeline.recipe.load import Recipe, load_recipe
 from nemo_warp.records import write_json_atomically, write_text_atomically
@@ -44,7 +43,7 @@ def open_run(recipe: Recipe) -> None:
     else:
         pins = {name: inputs.fingerprint(path) for name, path in _inputs(recipe).items()}
         write_json_atomically(paths.inputs, pins)
-    text = yaml.safe_dump({**recipe.values, "run_directory": None}, sort_keys=False)
+    text = yaml_text.dump({**recipe.values, "run_directory": None})
     if not stored.exists() or stored.read_text() != text:
         write_text_atomically(stored, text)
 

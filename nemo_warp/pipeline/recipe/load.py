@@ -14,12 +14,21 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from nemo_warp.config import CONF_DIRECTORY, Overrides, load_config, require_complete, to_plain
+from nemo_warp.config import (
+    CONF_DIRECTORY,
+    Overrides,
+    check_resolved,
+    load_config,
+    require_complete,
+    to_plain,
+)
 from nemo_warp.pipeline.recipe import inputs
 from nemo_warp.pipeline.recipe.paths import RunPaths
 from nemo_warp.pipeline.recipe.plan import Stage, build_plan
-from nemo_warp.pipeline.recipe.validate import check_cluster, check_recipe
+from nemo_warp.pipeline.recipe.validate import check_cluster, check_recipe, refuse_replaced
 from nemo_warp.records import RecordError
+from nemo_warp.schema import recipe as schema
+from nemo_warp.schema.check import check
 
 _SHARED_SECTIONS = ("rollout", "algorithm", "reward_client", "evaluation", "trainer", "model")
 """Sections of a member's configuration that an evaluation has too."""
@@ -169,6 +178,8 @@ def load_recipe(source: Path, overrides: Sequence[str] = (), files_here: bool = 
     config = load_config(CONF_DIRECTORY / "recipe.yaml", *_layers(file), list(overrides))
     require_complete(config)
     values = _resolve(config) | {"base": None}
+    values = check(values, schema.Recipe, str(file), complete=True)
+    refuse_replaced(values)
     values["member"] = _member_section(values["member"], f"section member of {file}")
     _make_absolute(values)
     if values["run_directory"] is None:  # a run directory's own recipe: it may have been moved
@@ -224,9 +235,10 @@ def _resolve_member(base: str, iteration: str, member: str, sft: str, prompts: s
         Overrides(json.loads(iteration), "section per_iteration"),
         Overrides(json.loads(member), "section per_member"),
         {"init": "", "sft": sft, "prompts": json.loads(prompts), "rewards": []},
-        {"run": {"directory": ""}},
+        {"run": {"directory": "."}},  # each member's own is filled in by its request
     )
     require_complete(config)
+    check_resolved(config, CONF_DIRECTORY / "member.yaml", "section member")
     return to_plain(config)
 
 
@@ -256,6 +268,7 @@ def _load_cluster(values: dict[str, Any]) -> dict[str, Any]:
     config = load_config(CONF_DIRECTORY / "cluster" / "defaults.yaml", file, changes)
     try:
         require_complete(config)
+        check_resolved(config, CONF_DIRECTORY / "cluster" / "defaults.yaml", str(file))
         cluster = to_plain(config)
         check_cluster(cluster, str(values["resources"]["member"]["time"]))
     except ValueError as error:

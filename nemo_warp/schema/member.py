@@ -1,0 +1,90 @@
+"""``conf/member.yaml``: one member."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_warp.schema.key import REQUIRED, key, section
+from nemo_warp.schema.shared import (
+    Algorithm,
+    Evaluation,
+    Model,
+    Optim,
+    RewardClient,
+    RewardEntry,
+    Rollout,
+    Trainer,
+)
+
+
+@dataclass
+class Run:
+    """``run``: identity, length, saving."""
+
+    name: str = key("member", "identity in logs and of the reward servers", nonempty=True)
+    directory: str = key(REQUIRED, "everything the member writes; one run per directory",
+                         nonempty=True)  # fmt: skip
+    seed: int = key(1, "prompt order and sampling; must differ between members", low=0)
+    total_steps: int = key(9000, "T", unit="optimizer steps", low=1, paper="section 4: 9k to 5k")
+    eval_interval: int = key(100, "also at step 0 and T", unit="steps", low=1, paper="figure 3")
+    save_interval: int = key(100, "between training checkpoints", unit="steps", low=1)
+    keep_checkpoints: int = key(2, "newest training checkpoints that are kept", low=2)
+    time_limit: float | None = key(
+        None, "from the start of the process; null is Slurm's end time, if any", unit="s", above=0,
+        restart="counts from the new process's start",
+    )  # fmt: skip
+    save_margin: float = key(300, "before the limit, when the member saves and stops", unit="s",
+                             low=0)  # fmt: skip
+
+
+@dataclass
+class MemberPrompts:
+    """``prompts`` of a member."""
+
+    train: str = key(REQUIRED, "JSON lines", nonempty=True)
+    heldout: str = key(REQUIRED, "JSON lines; none of them is trained on", nonempty=True)
+    max_tokens: int | None = key(
+        None, "longer prompts are refused; null is what the context leaves room for",
+        unit="tokens", low=1,
+    )  # fmt: skip
+    key: str = key("prompt", "the field that holds the text", nonempty=True)  # last: hides `key`
+
+
+@dataclass
+class Export:
+    """``export``: the policy of step T."""
+
+    dtype: str = key("same", "float32 is exported from the optimizer's masters",
+                     choices=("same", "float32", "bfloat16"))  # fmt: skip
+
+
+@dataclass
+class Loggers:
+    """``loggers``: views of metrics.jsonl."""
+
+    tensorboard: bool = key(True, "write TensorBoard's files")
+    wandb: dict[str, Any] = key({}, "arguments of Lightning's WandbLogger; empty is off")
+
+
+@dataclass
+class Member:
+    """One WARP member."""
+
+    run: Run = section(Run)
+    init: str = key(REQUIRED, "theta_init, a .nemo (tar or directory)")
+    sft: str = key("${init}", "theta_sft, a .nemo: KL is reported against it")
+    prompts: MemberPrompts = section(MemberPrompts)
+    rollout: Rollout = section(Rollout)
+    algorithm: Algorithm = section(Algorithm)
+    rewards: list[RewardEntry] = key(REQUIRED, "what is optimised, see docs/rewards.md")
+    length_penalty: float = key(
+        0.0, "subtracted per response token", low=0, paper="appendix E: 0.0005"
+    )
+    reward_client: RewardClient = section(RewardClient)
+    evaluation: Evaluation = section(Evaluation)
+    optim: Optim = section(Optim)
+    trainer: Trainer = section(Trainer)
+    model: Model = section(Model)
+    export: Export = section(Export)
+    loggers: Loggers = section(Loggers)
