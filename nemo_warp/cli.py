@@ -27,6 +27,7 @@ COMMANDS = {
     "stop": ("nemo_warp.pipeline.commands.stop", "let members save, start nothing more"),
     "report": ("nemo_warp.reporting.report", "one page of everything a run has measured"),
     "compare": ("nemo_warp.reporting.compare", "two policies side by side, or runs over seeds"),
+    "keys": ("nemo_warp.keys", "every configuration key: type, default, range, meaning"),
     "doctor": ("nemo_warp.doctor", "what is installed, what is missing and how to get it"),
 }
 """Subcommand -> the module that implements it and its line in ``nemo-warp --help``."""

@@ -306,8 +306,9 @@ def _typed(argument: str, text: str, parts: list[str], schema: type) -> Any:
     if kind is None:
         check(_nested(parts, None), schema, "the command line")  # names the unknown part
         raise ValueError(f"cannot apply '{argument}': there is no such key")
-    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
-    if takes_text(kind) and not quoted and text not in ("null", "~"):
+    # A list or table is never meant as a text; `a: b` and `x #3` are, where a text is wanted.
+    yaml_form = text[:1] in "[{" or (len(text) > 1 and text[0] == text[-1] and text[0] in "'\"")
+    if takes_text(kind) and not (yaml_form and text) and text not in ("null", "~"):
         return check_at(text, schema, parts, "the command line")
     return check_at(_given(argument, text), schema, parts, "the command line")
 

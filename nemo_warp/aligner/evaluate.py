@@ -13,7 +13,6 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_warp.aligner.entry.frame import run_once
-from nemo_warp.aligner.entry.prompts import read_prompts
 from nemo_warp.aligner.entry.validation import (
     check_evaluation_sizes,
     check_layout,
@@ -22,10 +21,16 @@ from nemo_warp.aligner.entry.validation import (
     max_prompt_tokens,
     read_model_config,
 )
-from nemo_warp.config import CONF_DIRECTORY, load_config, require_complete, to_plain
+from nemo_warp.config import (
+    CONF_DIRECTORY,
+    check_resolved,
+    load_config,
+    require_complete,
+    to_plain,
+)
+from nemo_warp.prompts import read_prompts
 
 _MEMBER_SECTIONS = ("rollout", "algorithm", "reward_client", "evaluation", "trainer", "model")
-_MAX_ETA = 2.0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -63,6 +68,7 @@ def load_evaluation(path: Path, overrides: list[str]) -> DictConfig:
     filled = to_plain(member, resolve=False)
     config = OmegaConf.merge(config, {name: filled[name] for name in _MEMBER_SECTIONS})
     require_complete(config)
+    check_resolved(config, CONF_DIRECTORY / "evaluation.yaml", "the configuration")
     return config
 
 
@@ -72,9 +78,6 @@ def check_evaluation(config: DictConfig) -> list[str]:
     Raises:
         ValueError: with one clear sentence.
     """
-    for eta in config.etas:
-        if not 0.0 <= eta <= _MAX_ETA:
-            raise ValueError(f"etas holds {eta}, expected 0 to {_MAX_ETA:g}")
     for name in ("base", "slerp", "sft"):
         check_layout(read_model_config(Path(config[name])), config, Path(config[name]))
     check_same_model(config, "base", "slerp", "sft")

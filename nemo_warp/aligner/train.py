@@ -14,9 +14,9 @@ from typing import Any
 
 from nemo_warp import exit_codes
 from nemo_warp.aligner.entry.frame import run_once
-from nemo_warp.aligner.entry.prompts import read_prompts
 from nemo_warp.aligner.entry.validation import max_prompt_tokens, validate_member
 from nemo_warp.config import CONF_DIRECTORY, check_resolved, load_config, require_complete
+from nemo_warp.prompts import read_prompts
 
 _EPILOG = f"""\
 run it under srun or torchrun, one process per device:

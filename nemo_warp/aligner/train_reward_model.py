@@ -22,7 +22,7 @@ from nemo_warp.aligner.entry.validation import (
     data_parallel_size,
     read_model_config,
 )
-from nemo_warp.config import CONF_DIRECTORY, load_config, require_complete
+from nemo_warp.config import CONF_DIRECTORY, check_resolved, load_config, require_complete
 
 EPILOG = """
 examples:
@@ -41,10 +41,6 @@ def check(config: Any) -> None:
     Raises:
         ValueError: what is wrong, and where.
     """
-    require_complete(config)
-    for key in ("steps", "global_batch_size", "validation_interval"):
-        if config[key] < 1:
-            raise ValueError(f"{key} is {config[key]}, expected at least 1")
     per_step = config.model.micro_batch_size * data_parallel_size(config)
     if config.global_batch_size % per_step:
         raise ValueError(
@@ -104,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     files = [parsed.config] if parsed.config else []
     try:
         config = load_config(CONF_DIRECTORY / "reward_model.yaml", *files, parsed.overrides)
+        require_complete(config)
+        check_resolved(config, CONF_DIRECTORY / "reward_model.yaml", "the configuration")
         check(config)
     except ValueError as error:
         return refuse(error, exit_codes.MISCONFIGURED)

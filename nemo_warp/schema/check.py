@@ -212,6 +212,8 @@ class _Checker:
     def _wrong(self, value: Any, kind: Any, key: Key, path: str, nullable: bool) -> ValueError:
         quotes = takes_text(kind) and isinstance(value, (bool, int, float))
         hint = "; put it in quotes" if quotes else ""
+        if isinstance(value, str) and takes_text(kind) and re.search(r"[\x00\n\r]", value):
+            hint = ", without line breaks and NUL"
         return ValueError(
             f"'{path}' in {self.source} is {_shown(value)}, expected {expected(kind, key)}"
             f"{' or null' if nullable else ''}{hint}"
@@ -259,7 +261,9 @@ def _fits(value: Any, key: Key) -> bool:
     if isinstance(value, str):
         if key.nonempty and not value.strip():
             return False
-        return not key.pattern or re.fullmatch(key.pattern, value) is not None
+        if not key.pattern:  # paths, names and words fit on a line
+            return not re.search(r"[\x00\n\r]", value)
+        return re.fullmatch(key.pattern, value) is not None
     if isinstance(value, bool):
         return True
     return not (

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def check_signal(rollout: Mapping[str, Any], algorithm: Mapping[str, Any], prefix: str = "") -> None:
+def check_signal(
+    rollout: Mapping[str, Any], algorithm: Mapping[str, Any], prefix: str = ""
+) -> None:
     """Refuse settings under which a member would train to no effect, or on another law.
 
     Args:

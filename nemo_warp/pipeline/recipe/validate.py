@@ -6,9 +6,11 @@ import dataclasses
 import math
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 from nemo_warp.config import check_keys
+from nemo_warp.prompts import read_prompts
 from nemo_warp.schema.key import REQUIRED
 from nemo_warp.schema.member import Member
 from nemo_warp.schema.rules import check_signal
@@ -196,3 +198,25 @@ def check_files(values: dict[str, Any]) -> None:
         _require(os.access(path, os.R_OK), f"{key}: {path} is not readable")
     for key, path in values["prompts"].items():
         _require(os.path.getsize(path) > 0, f"prompts.{key}: {path} is empty")
+
+
+def check_prompts(values: dict[str, Any]) -> None:
+    """Read the prompt files whole: a line that is broken, or too few held-out prompts.
+
+    Raises:
+        ValueError: names the file and the line.
+    """
+    member = values["member"]
+    texts = {
+        key: read_prompts(Path(path), member["prompts"]["key"])
+        for key, path in values["prompts"].items()
+    }
+    settings = values["evaluation"]["settings"].get("evaluation") or {}
+    wanted = {
+        "member.evaluation.num_prompts": member["evaluation"]["num_prompts"],
+        "evaluation.settings.evaluation.num_prompts": settings.get("num_prompts", 0),
+    }
+    replaced = values["commands"]["member"]  # another program may need fewer
+    for key, number in wanted.items():
+        _require(bool(replaced) or len(texts["heldout"]) >= number, f"{key} is {number}, but "
+                 f"{values['prompts']['heldout']} has {len(texts['heldout'])} prompts")  # fmt: skip
