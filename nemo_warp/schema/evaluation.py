@@ -33,6 +33,9 @@ class Front:
     base: str = key(REQUIRED, ".nemo at eta 0: the iteration's init, or the SFT policy")
     slerp: str = key(REQUIRED, ".nemo at eta 1")
     sft: str = key(REQUIRED, ".nemo that KL is measured to")
+    allow_different_configs: bool = key(
+        False, "go on although the models compute different things with equal weights"
+    )
     etas: list[float] = key(
         [0.0, 0.1, 0.3, 0.5, 0.8, 1.0], "points; above 1 extrapolates", low=0, high=2,
         nonempty=True, paper="figure 4",

@@ -74,6 +74,9 @@ class Member:
     run: Run = section(Run)
     init: str = key(REQUIRED, "theta_init, a .nemo (tar or directory)")
     sft: str = key("${init}", "theta_sft, a .nemo: KL is reported against it")
+    allow_different_configs: bool = key(
+        False, "go on although the models compute different things with equal weights"
+    )
     prompts: MemberPrompts = section(MemberPrompts)
     rollout: Rollout = section(Rollout)
     algorithm: Algorithm = section(Algorithm)
