@@ -308,9 +308,18 @@ def _typed(argument: str, text: str, parts: list[str], schema: type) -> Any:
         raise ValueError(f"cannot apply '{argument}': there is no such key")
     # A list or table is never meant as a text; `a: b` and `x #3` are, where a text is wanted.
     yaml_form = text[:1] in "[{" or (len(text) > 1 and text[0] == text[-1] and text[0] in "'\"")
-    if takes_text(kind) and not (yaml_form and text) and text not in ("null", "~"):
+    plain = takes_text(kind) and not yaml_form and text not in ("null", "~")
+    if plain and not isinstance(_read_as(text), (bool, int, float)):
         return check_at(text, schema, parts, "the command line")
     return check_at(_given(argument, text), schema, parts, "the command line")
+
+
+def _read_as(text: str) -> Any:
+    """What YAML makes of a text; a number in a text's place has to be put in quotes."""
+    try:
+        return yaml_text.load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def _given(argument: str, text: str) -> Any:

@@ -130,7 +130,9 @@ def test_arguments_are_taken_as_texts_where_the_key_is_one():
 
     assert given("run_directory=runs/exp #2", "run_directory") == "runs/exp #2"
     assert given("run_directory=a: b", "run_directory") == "a: b"
-    assert given("name=7e1", "name") == given('name="7e1"', "name") == "7e1"
+    assert given('name="7e1"', "name") == "7e1"
+    with pytest.raises(ValueError, match=r"'name' in the command line is 70.0, .*in quotes"):
+        given("name=7e1", "name")
     assert given("cluster=null", "cluster") is None
     assert given("resources.member.time=24:00:00", "resources")["member"]["time"] == "24:00:00"
     with pytest.raises(ValueError, match="where a comment begins; put it in quotes"):

@@ -73,12 +73,15 @@ def compute_advantages(rewards: Tensor, groups: Tensor, valid: Tensor, baseline:
     """Subtract a baseline that rests on valid samples only.
 
     Args:
-        rewards: float [B], already KL-regularised; anything (NaN too) where not valid.
+        rewards: float [B], already KL-regularised; anything (NaN too) where not valid. A sample
+            whose reward is not finite is taken for not valid: one infinite KL estimate (k3 of a
+            token that the policy has unlearned) would make every advantage of its prompt NaN.
         groups: int64 [B], equal for samples of the same prompt.
         valid: bool [B]; False for samples excluded from baseline and gradient.
         baseline: ``leave_one_out`` (mean of the prompt's other valid samples), ``batch_mean``
             (mean of all other valid samples, so that it stays unbiased) or ``none``.
     """
+    valid = valid & torch.isfinite(rewards)
     rewards = torch.where(valid, rewards.float(), 0.0)
     if baseline == "none":
         return Advantages(rewards, valid)

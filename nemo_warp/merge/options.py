@@ -6,17 +6,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-METHODS = ("slerp", "lerp", "slerp-full")
-GRANULARITIES = ("layer", "tensor", "model")
-DTYPES = ("same", "float32", "bfloat16")
-STOCHASTIC = "stochastic"
-ROUNDINGS = ("nearest", STOCHASTIC)
-SOURCES = ("weights", "masters")
+from nemo_warp.merge_arguments import (
+    DTYPES,
+    GRANULARITIES,
+    METHODS,
+    ROUNDINGS,
+    SOURCES,
+    STOCHASTIC,
+    check_numbers,
+)
+
 MAX_ETA = 2.0
 _RECORDED = (
     *("method", "granularity", "weight", "dtype"),
     *("rounding", "seed", "source", "vocab_size"),
 )
+
+
+__all__ = ["STOCHASTIC", "MergeOptions", "outputs_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,17 +78,10 @@ class MergeOptions:
         _one_of("verify", self.verify, (None, "sample", "full"))
         if not self.policies:
             raise ValueError("no policy to merge; pass at least one with --policies")
-        if self.weight is not None and len(self.policies) != 2:
-            raise ValueError(f"--weight needs exactly two policies, found {len(self.policies)}")
-        if self.weight is not None and not 0.0 <= self.weight <= 1.0:
-            raise ValueError(f"--weight must lie in [0, 1], found {self.weight}")
+        check_numbers(len(self.policies), self.weight, self.workers, self.vocab_size)
         for eta in self.outputs:
             if not 0.0 <= eta <= MAX_ETA:
                 raise ValueError(f"--eta must lie in [0, {MAX_ETA:g}], found {eta:g}")
-        if self.workers < 1:
-            raise ValueError(f"--workers must be at least 1, found {self.workers}")
-        if self.vocab_size is not None and self.vocab_size < 1:
-            raise ValueError(f"--vocab-size must be positive, found {self.vocab_size}")
         self._check_paths()
 
     def _check_paths(self) -> None:

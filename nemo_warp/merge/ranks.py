@@ -101,7 +101,7 @@ class Meeting:
         shutil.rmtree(self.folder, ignore_errors=True)
         if not self._others:
             return {}
-        self.folder.mkdir(parents=True)
+        self.folder.mkdir(parents=True, exist_ok=True)  # another rank may have been quicker
         hellos: dict[str, dict] = {}
 
         def all_here() -> bool:

@@ -33,13 +33,15 @@ def load_callable(specification: str, options: dict[str, Any]) -> Scorer:
     if not module_name or not name:
         raise ValueError(f"--callable must be module:function, got {specification!r}")
     try:
-        function = getattr(importlib.import_module(module_name), name)
-    except ImportError as error:
+        module = importlib.import_module(module_name)
+    # Importing runs the module: whatever it raises, the callable cannot be had.
+    except BaseException as error:
         raise ValueError(
-            f"--callable {specification}: cannot import {module_name}: {error}"
+            f"--callable {specification}: cannot import {module_name}: {_reason(error)}"
         ) from error
-    except AttributeError:
-        raise ValueError(f"--callable {specification}: {module_name} has no {name!r}") from None
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"--callable {specification}: {module_name} has no function {name!r}")
     try:
         inspect.signature(function).bind("prompt", "response", **options)
     except TypeError as error:
@@ -95,9 +97,20 @@ def score_samples(
 def _score_one(score: Scorer, prompt: str, response: str) -> tuple[float, str]:
     try:
         return _checked(score(prompt, response))
-    except Exception as error:  # a stranger's code: whatever it raises is this sample's failure
-        log.warning("a sample failed: %r", error, exc_info=log.isEnabledFor(logging.DEBUG))
-        return math.nan, f"{type(error).__name__}: {error}"
+    # A stranger's code: whatever it raises is this sample's failure, asyncio's CancelledError and
+    # sys.exit too, which are no Exceptions.
+    except BaseException as error:
+        reason = _reason(error)
+        log.warning("a sample failed: %s", reason, exc_info=log.isEnabledFor(logging.DEBUG))
+        return math.nan, reason
+
+
+def _reason(error: BaseException) -> str:
+    """The error in words, even if it cannot say them itself."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except BaseException:
+        return f"{type(error).__name__} (which cannot be shown)"
 
 
 def _checked(value: Any) -> tuple[float, str]:
@@ -118,7 +131,7 @@ def score_together(
         if len(values) != len(prompts):
             raise ValueError(f"the reward returned {len(values)} scores for {len(prompts)} samples")
         outcomes = [_checked(value) for value in values]
-    except Exception as error:  # find the sample it failed on
-        log.warning("a batch of %d failed, scoring one by one: %r", len(prompts), error)
+    except BaseException as error:  # find the sample it failed on
+        log.warning("a batch of %d failed, scoring one by one: %s", len(prompts), _reason(error))
         return score_samples(lambda p, r: score([p], [r])[0], prompts, responses)
     return np.array([value for value, _ in outcomes], np.float32), [why for _, why in outcomes]

@@ -36,7 +36,7 @@ class RewardMixture:
                 reward["endpoint"],
                 parsed,
                 name=reward["name"],
-                run_id=run_id,
+                run_id=None if reward.get("shared") else run_id,
                 fingerprint=reward.get("fingerprint"),
             )
             for reward in rewards

@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,13 +38,16 @@ The endpoint file appears when the server is ready and goes when it stops (SIGTE
 
 def text_infer(score_batch: Callable[..., tuple[np.ndarray, list[str]]]) -> Infer:
     """The protocol's inputs to (prompts, responses), and its outputs back."""
+    # PyTriton calls from a thread with a running event loop, where a callable could not use
+    # asyncio.run; in a thread of its own it can.
+    own_thread = ThreadPoolExecutor(1, thread_name_prefix="callable")
 
     def infer(sentences: np.ndarray, prompt_lengths: np.ndarray | None = None) -> dict:
         texts = [text.decode() for text in sentences[:, 0]]
         cuts = [0] * len(texts) if prompt_lengths is None else prompt_lengths[:, 0].tolist()
         prompts = [text[:cut] for text, cut in zip(texts, cuts, strict=True)]
         responses = [text[cut:] for text, cut in zip(texts, cuts, strict=True)]
-        return answer(*score_batch(prompts, responses))
+        return answer(*own_thread.submit(score_batch, prompts, responses).result())
 
     return infer
 

@@ -81,7 +81,7 @@ def check_rewards(rewards: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _check_reward(reward: Mapping[str, Any], where: str, seen: set[str]) -> None:
-    known = {"name", "weight", "endpoint", "fingerprint"}
+    known = {"name", "weight", "endpoint", "fingerprint", "shared"}
     if unknown := sorted(set(reward) - known):
         raise ValueError(f"{where} has no {unknown[0]!r}; it has {sorted(known)}")
     for key in ("name", "endpoint"):

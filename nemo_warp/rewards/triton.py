@@ -77,7 +77,9 @@ class Serving:
 
 def answer(scores: np.ndarray, reasons: list[str]) -> dict[str, np.ndarray]:
     """The outputs of the protocol from scores [B] (float32, NaN = failed) and reasons."""
-    encoded = np.array([reason.encode() for reason in reasons], dtype=np.object_)
+    # A reason may hold half a surrogate pair, taken from a text: no cause to lose the scores.
+    words = [reason.encode(errors="backslashreplace") for reason in reasons]
+    encoded = np.array(words, dtype=np.object_)
     return {"rewards": scores.reshape(-1, 1).astype(np.float32), "reasons": encoded.reshape(-1, 1)}
 
 

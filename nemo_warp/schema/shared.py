@@ -81,6 +81,7 @@ class RewardEntry:
     weight: float = key(1.0, "factor in the sum that is optimised; may be negative")
     endpoint: str | None = key(REQUIRED, "the server's endpoint file")
     fingerprint: str | None = key(None, "refuse a server of any other reward")
+    shared: bool = key(False, "somebody else's server: of any run, known by its fingerprint")
 
 
 @dataclass

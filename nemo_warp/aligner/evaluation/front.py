@@ -19,6 +19,7 @@ from nemo_warp.aligner.evaluation.evaluator import Evaluator
 from nemo_warp.aligner.evaluation.points import POINTS_FILE, measured_points, wanted_points
 from nemo_warp.aligner.policy.build import build_policy
 from nemo_warp.aligner.sampling.rewards import RewardSource
+from nemo_warp.aligner.weights.intact import refuse_damaged
 from nemo_warp.config import identity_hash, to_plain
 from nemo_warp.records import Completion, code_version, hash_file, write_completion
 
@@ -45,6 +46,7 @@ def _measure(
 ) -> None:
     others = tuple(p for p in (config.slerp, config.sft) if p != config.base)
     policy, shards = build_policy(_policy_config(config), config.evaluation.num_prompts, 1, others)
+    refuse_damaged(config.base, config.slerp, config.sft)
     sft = policy.other_weights(shards.get(config.sft))
     slerp = policy.other_weights(shards.get(config.slerp))
     bases = {"init": policy.other_weights(None), "sft": sft}

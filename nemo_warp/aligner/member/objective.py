@@ -63,6 +63,9 @@ class Objective:
         kl = self._kl_to_reference(rollouts)
         penalty = self.config.length_penalty * rollouts.response_lengths
         regularised = rollouts.rewards - penalty - algorithm.kl_coefficient * kl
+        finite = torch.isfinite(regularised)
+        unusable = int((valid & ~finite).sum())
+        valid = valid & finite
         advantages = compute_advantages(regularised, self._groups(), valid, self.baseline)
         weights = token_weights(advantages, rollouts.mask, algorithm.policy_reduction)
         metrics = {
@@ -74,8 +77,10 @@ class Objective:
             "failed_rewards": int(rollouts.failed.sum()),
             "samples_used": int(advantages.used.sum()),
         }
+        if unusable:  # only where there are any: metrics stay as they were
+            metrics["not_finite"] = unusable
         if self.reference is not None:
-            metrics["kl_to_anchor"] = kl.mean().item()
+            metrics["kl_to_anchor"] = _mean(kl, torch.isfinite(kl))
         return Batch({"response_tokens": rollouts.tokens, "weights": weights}, kl, metrics)
 
     def _groups(self) -> Tensor:

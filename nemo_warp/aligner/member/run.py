@@ -23,11 +23,13 @@ from nemo_warp.aligner.sampling.rewards import RewardSource
 from nemo_warp.aligner.weights import training_checkpoint
 from nemo_warp.aligner.weights.anchor import EmaAnchor, describe_memory
 from nemo_warp.aligner.weights.export import export_policy
+from nemo_warp.aligner.weights.intact import damage_of, refuse_damaged
 from nemo_warp.aligner.weights.sharded import ShardedWeights
 from nemo_warp.config import identity_hash, to_plain
 from nemo_warp.core.seeds import order_hash
 from nemo_warp.records import (
     Completion,
+    RecordError,
     code_version,
     hash_file,
     write_completion,
@@ -81,7 +83,9 @@ def build_member(config: Any, texts: dict[str, list[str]], stop: StopRequest) ->
     policy, shards = build_policy(
         config, batch // rollout.updates_per_rollout, config.run.total_steps, others
     )
+    refuse_damaged(config.init, config.sft)
     model = policy.model
+    _check_end_token(model, config.init)
     offload = config.algorithm.offload_anchor
     sft = policy.other_weights(shards.get(config.sft), offload)
     anchor = None
@@ -112,6 +116,21 @@ def build_member(config: Any, texts: dict[str, list[str]], stop: StopRequest) ->
     )
     _announce(trainer, {"sft": sft} | ({"anchor": anchor.weights} if anchor else {}))
     return Member(policy, trainer)
+
+
+def _check_end_token(model: Any, init: str) -> None:
+    """Without an end token no response ever ends, and padding with it would be no token.
+
+    Raises:
+        ValueError: the tokenizer has none.
+    """
+    tokenizer = model.tokenizer
+    end = getattr(tokenizer, "eos_id", None)
+    if end is None or not 0 <= end < tokenizer.vocab_size:
+        raise ValueError(
+            f"the tokenizer in {init} has no end-of-sequence token (EOS is {end}): no response "
+            "could end; use a model whose tokenizer has one"
+        )
 
 
 def finish(config: Any, texts: dict[str, list[str]], member: Member) -> None:
@@ -156,9 +175,32 @@ def _resume(config: Any, policy: Policy, anchor: EmaAnchor | None) -> dict[str, 
     checkpoints = training_checkpoint.completed_checkpoints(directory)
     if not checkpoints:
         return {"step": 0, "evaluated": False, "rewards": None}
-    state = training_checkpoint.read_trainer_state(checkpoints[-1])
-    training_checkpoint.load(checkpoints[-1], policy.model, anchor)
+    newest = _newest_intact(checkpoints)
+    state = training_checkpoint.read_trainer_state(newest)
+    training_checkpoint.load(newest, policy.model, anchor)
     return state
+
+
+def _newest_intact(checkpoints: list[Path]) -> Path:
+    """The newest checkpoint whose bytes are as they were written; damaged ones are moved aside.
+
+    Raises:
+        RecordError: every checkpoint is damaged.
+    """
+    damage = ""
+    for checkpoint in reversed(checkpoints):
+        found = damage_of(checkpoint)
+        if found is None:
+            return checkpoint
+        damage = damage or found
+        logging.warning(f"{found}; going on from an older checkpoint if there is one")
+        if torch.distributed.get_rank() == 0:
+            checkpoint.rename(checkpoint.with_name(f"damaged_{checkpoint.name}"))
+        torch.distributed.barrier()
+    raise RecordError(
+        f"{damage}, and there is no older one that is intact; remove {checkpoints[0].parent} to "
+        "start the member again"
+    )
 
 
 def _tokenize(config: Any, model: Any, name: str, texts: list[str]) -> list[Prompt]:

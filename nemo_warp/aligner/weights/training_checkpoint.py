@@ -10,6 +10,7 @@ meet another step's anchor.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -37,6 +38,8 @@ _UNREADABLE = (
     RuntimeError,
 )
 _NAME = re.compile(r"step_(\d{8})")
+_FULL_BYTES = 1 << 20
+"""Less than this is full: a writer was stopped by its last block, not by the last byte."""
 
 
 def completed_checkpoints(directory: Path) -> list[Path]:
@@ -86,16 +89,56 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     torch.distributed.barrier()
-    strategy = model.trainer.strategy
-    strategy.checkpoint_io.save_checkpoint(_sharded_state(model, anchor), str(temporary))
+    with telling_full_disks(directory):
+        strategy = model.trainer.strategy
+        strategy.checkpoint_io.save_checkpoint(_sharded_state(model, anchor), str(temporary))
     torch.distributed.barrier()
     if torch.distributed.get_rank() == 0:
-        write_json_atomically(temporary / STATE_FILE, state)
-        publish_directory(temporary, final)
+        with telling_full_disks(directory):
+            write_json_atomically(temporary / STATE_FILE, state)
+            publish_directory(temporary, final)
         for old in completed_checkpoints(directory)[:-keep]:
-            shutil.rmtree(old)
+            _remove(old)
     torch.distributed.barrier()
     return final
+
+
+def _remove(old: Path) -> None:
+    """Remove a checkpoint; one that cannot be removed is no reason to end a run."""
+    try:
+        shutil.rmtree(old)
+    except OSError as error:
+        logging.warning(f"cannot remove the old checkpoint {old} ({error}); remove it by hand")
+
+
+@contextmanager
+def telling_full_disks(directory: Path) -> Iterator[None]:
+    """Turn whatever a writer makes of a full disk into one sentence.
+
+    torch says "unexpected pos 704 vs 598" or "file write failed", and Megatron's writer processes
+    say it for it: the error itself need not name the cause, so the disk is looked at.
+
+    Raises:
+        RecordError: the disk, or the quota, of ``directory`` is full.
+    """
+    try:
+        yield
+    except Exception as error:
+        free = shutil.disk_usage(directory).free
+        if _is_full(error) or free < _FULL_BYTES:
+            raise RecordError(
+                f"no space left on the disk of {directory} ({free / 1e6:.0f} MB free): make room "
+                "and run it again, it goes on from its newest checkpoint"
+            ) from error
+        raise
+
+
+def _is_full(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def publish_directory(temporary: Path, final: Path) -> None:

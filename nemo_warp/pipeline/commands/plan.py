@@ -16,7 +16,7 @@ from nemo_warp.pipeline.launch.rounds import driver_waits_for, submit_missing
 from nemo_warp.pipeline.launch.steps import Allocation
 from nemo_warp.pipeline.recipe.load import Recipe
 from nemo_warp.pipeline.recipe.plan import MEMBER, MERGE, Stage
-from nemo_warp.pipeline.recipe.validate import check_files, check_prompts
+from nemo_warp.pipeline.recipe.validate import check_counts, check_files, check_prompts
 
 EPILOG = """\
 Writes nothing and asks Slurm nothing. Job ids are shown as JOB1, JOB2, ..., nodes as node1, ...
@@ -36,10 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Print the plan."""
     recipe = load(args, files_here=False)
+    check_prompts(recipe.values)
     print("\n".join(describe(recipe)))
     try:
         check_files(recipe.values)
-        check_prompts(recipe.values)
+        check_counts(recipe.values)
     except ValueError as error:
         print(f"\nrun would refuse this here: {error}")
     return exit_codes.DONE

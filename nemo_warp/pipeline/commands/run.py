@@ -12,7 +12,7 @@ from nemo_warp.pipeline.disk.opening import open_run
 from nemo_warp.pipeline.launch.local import LocalDriver
 from nemo_warp.pipeline.launch.rounds import run_round
 from nemo_warp.pipeline.recipe.load import Recipe
-from nemo_warp.pipeline.recipe.validate import check_files, check_prompts
+from nemo_warp.pipeline.recipe.validate import check_counts, check_files, check_prompts
 
 EPILOG = f"""\
 What is on disk decides what is left to do, so run it as often as you like: what is done is not
@@ -47,6 +47,7 @@ def go(recipe: Recipe) -> int:
     """Open the run directory and hand over to the launcher."""
     check_files(recipe.values)
     check_prompts(recipe.values)
+    check_counts(recipe.values)
     wait_s = 120.0 if recipe.values["launcher"]["kind"] == "slurm" else 0.0
     with locks.hold(recipe.paths.driver_lock, wait_s):
         open_run(recipe)

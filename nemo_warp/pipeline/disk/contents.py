@@ -81,18 +81,20 @@ class OnDisk:
 
 
 def refuse_twins(members: dict[str, Completion]) -> None:
-    """Members that read the same prompts in the same order are copies, not policies to merge.
+    """Members of one seed are copies, not policies to merge.
+
+    Equal orders of prompts say nothing by themselves: with one prompt, or duplicates of one, every
+    order is the same, and members of different seeds sample different responses.
 
     Raises:
-        RecordError: two members have the same seed or prompt order.
+        RecordError: two members have the same seed.
     """
-    for key in ("seed", "prompt_order_hash"):
-        seen: dict[Any, str] = {}
-        for name, completion in members.items():
-            value = completion.details.get(key)
-            if value is not None and value in seen:
-                raise RecordError(
-                    f"{name} and {seen[value]} have the same {key} ({value}): merging copies of "
-                    "one run is no merge; give the members different seeds and remove one of them"
-                )
-            seen[value] = name
+    seen: dict[Any, str] = {}
+    for name, completion in members.items():
+        seed = completion.details.get("seed")
+        if seed is not None and seed in seen:
+            raise RecordError(
+                f"{name} and {seen[seed]} have the same seed ({seed}): merging copies of one run "
+                "is no merge; give the members different seeds and remove one of them"
+            )
+        seen[seed] = name

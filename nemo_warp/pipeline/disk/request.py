@@ -151,8 +151,8 @@ def _merge_words(
     arguments: Iterable[Any],
     towards: Path | None,
 ) -> tuple[str, ...]:
-    """tools/merge_nemo.py: every eta in one pass over the data."""
-    words = ["tools/merge_nemo.py", "--init", str(init), "--policies", *map(str, policies)]
+    """The merger: every eta in one pass over the data."""
+    words = ["-m", "nemo_warp.merge", "--init", str(init), "--policies", *map(str, policies)]
     words += ["--eta", *(f"{eta:g}" for eta in etas)]
     words += ["--output", str(paths.building / "{eta}.nemo"), "--report", str(paths.report)]
     words += ["--liti-towards", str(towards)] if towards is not None else []

@@ -108,7 +108,8 @@ class Supervisor:
         for server in self._servers:
             if server.exit_code is not None:
                 code = server.exit_code or exit_codes.REWARDS_FAILED
-                return Outcome(code, f"{server.name} ended with exit code {server.exit_code}")
+                said = self._last_error(f"{server.name}.log")
+                return Outcome(code, f"{server.name} ended with exit code {server.exit_code}{said}")
         return None
 
     def _await_servers(self, endpoints: list[Path]) -> Outcome | None:
@@ -158,12 +159,14 @@ class Supervisor:
             return Outcome(exit_codes.STOPPED_RESUMABLE, f"{saved}: {asked}", self._by_person())
         if lost is not None:
             return lost
-        return Outcome(code, f"{program.name} ended with exit code {code}{self._last_error()}")
+        return Outcome(
+            code, f"{program.name} ended with exit code {code}{self._last_error('log.txt')}"
+        )
 
-    def _last_error(self) -> str:
-        """The program's own ``error: ...`` line, if it printed one."""
+    def _last_error(self, log: str) -> str:
+        """A step's own ``error: ...`` line, if it printed one into ``log``."""
         try:
-            tail = (self._directory / "log.txt").read_bytes()[-20000:].decode(errors="replace")
+            tail = (self._directory / log).read_bytes()[-20000:].decode(errors="replace")
         except FileNotFoundError:
             return ""
         errors = [line for line in tail.splitlines() if line.startswith("error: ")]

@@ -115,6 +115,8 @@ class Recipe:
                 "weight": float(reward["weight"]),
                 "endpoint": reward.get("endpoint"),
                 "fingerprint": reward.get("fingerprint"),
+                # Only where it is so: a key more would make finished members another's.
+                **({"shared": True} if reward.get("endpoint") else {}),
             }
             for name, reward in self.rewards(member).items()
         ]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_warp.config import check_keys
+from nemo_warp.merge_arguments import check_recipe_arguments
 from nemo_warp.prompts import read_prompts
 from nemo_warp.schema.key import REQUIRED
 from nemo_warp.schema.member import Member
@@ -77,6 +78,7 @@ def check_recipe(values: dict[str, Any], source: str, files_here: bool = True) -
         _check_member(values["member"])
         _check_one_machine(values)
         _check_average(values)
+        check_recipe_arguments(values["merge"]["arguments"], values["members"])
         if files_here:
             check_files(values)
     except ValueError as error:
@@ -201,22 +203,30 @@ def check_files(values: dict[str, Any]) -> None:
 
 
 def check_prompts(values: dict[str, Any]) -> None:
-    """Read the prompt files whole: a line that is broken, or too few held-out prompts.
+    """Read the prompt files that are here whole.
 
     Raises:
-        ValueError: names the file and the line.
+        ValueError: names the file and the line that is broken.
     """
-    member = values["member"]
-    texts = {
-        key: read_prompts(Path(path), member["prompts"]["key"])
-        for key, path in values["prompts"].items()
-    }
+    for path in values["prompts"].values():
+        if os.path.exists(path):
+            read_prompts(Path(path), values["member"]["prompts"]["key"])
+
+
+def check_counts(values: dict[str, Any]) -> None:
+    """Refuse evaluations that want more held-out prompts than there are.
+
+    Raises:
+        ValueError: names the key and the file.
+    """
+    member, file = values["member"], values["prompts"]["heldout"]
     settings = values["evaluation"]["settings"].get("evaluation") or {}
     wanted = {
         "member.evaluation.num_prompts": member["evaluation"]["num_prompts"],
         "evaluation.settings.evaluation.num_prompts": settings.get("num_prompts", 0),
     }
-    replaced = values["commands"]["member"]  # another program may need fewer
+    if values["commands"]["member"]:  # another program may need fewer
+        return
+    found = len(read_prompts(Path(file), member["prompts"]["key"]))
     for key, number in wanted.items():
-        _require(bool(replaced) or len(texts["heldout"]) >= number, f"{key} is {number}, but "
-                 f"{values['prompts']['heldout']} has {len(texts['heldout'])} prompts")  # fmt: skip
+        _require(found >= number, f"{key} is {number}, but {file} has {found} prompts")
