@@ -26,6 +26,9 @@ from nemo_warp.checkpoints.logical import LogicalTensor
 MERGEABLE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 PROVENANCE = "warp_merge.json"
 WEIGHTS = "model_weights"
+_QUANTISED = (torch.int8, torch.uint8)
+_UNFINISHED, _LEVELS = "-unfinished", 3
+_MARKS = ("model_config.yaml", "metadata.json", FILE)
 
 
 class Store(Protocol):
@@ -33,6 +36,11 @@ class Store(Protocol):
 
     tensors: dict[str, LogicalTensor]
     foreign: list[str]
+
+    @property
+    def others(self) -> dict[str, torch.dtype]:
+        """Canonical name -> dtype of the model's tensors that are not floating."""
+        ...
 
     def masters(self) -> dict[str, LogicalTensor]:
         """Canonical name -> fp32 copy in the optimizer state, where there is one."""
@@ -104,7 +112,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} is quantised (modelopt); merge the policy before quantising")
     config = read_configuration(archive)
     kind, weights, store = _open_store(archive, config)
-    _refuse_unmergeable(path, store.tensors)
+    _refuse_unmergeable(path, store)
     return Checkpoint(path, kind, archive, weights, store, config)
 
 
@@ -116,9 +124,7 @@ def _open_store(archive: Archive, config: dict[str, Any]) -> tuple[str, str, Sto
         if not described and ".metadata" not in members and "metadata.json" not in members:
             continue
         if "metadata.json" not in members:
-            raise CheckpointError(
-                f"{where} holds no metadata.json, which is written last: its save was interrupted"
-            )
+            raise CheckpointError(_without_marker(where, members))
         if described:
             return "zarr", weights, ZarrStore(members, where)
         return "torch_dist", weights, TorchDistStore(members, where)
@@ -129,26 +135,54 @@ def _open_store(archive: Archive, config: dict[str, Any]) -> tuple[str, str, Sto
     raise CheckpointError(
         f"{where} holds no weights that can be read; expected model_weights/ (torch_dist or zarr), "
         "model_weights.ckpt, or mp_rank_XX or tp_rank_XX_pp_rank_XXX folders"
+        f"{_checkpoint_below(archive)}"
     )
 
 
+def _without_marker(where: str, members: dict[str, Any]) -> str:
+    if "common.pt" not in members and ".metadata" in members:
+        return (
+            f"{where} is a plain torch.distributed.checkpoint: it has neither common.pt nor "
+            "metadata.json, and does not say how Megatron's layers are stored in it; save the "
+            "model with Megatron-core's dist_checkpointing (torch_dist)"
+        )
+    return f"{where} holds no metadata.json, which is written last: its save was interrupted"
+
+
+def _checkpoint_below(archive: Archive) -> str:
+    """A hint for who named a folder of checkpoints."""
+    for name in archive.members:
+        parent, _, file = name.rpartition("/")
+        folder = parent.removesuffix("/model_weights").removesuffix("/weights")
+        found = name if file.endswith(".nemo") else folder if file in _MARKS and folder else None
+        if found:
+            return f"; did you mean {archive.path / found}?"
+    return ""
+
+
 def _refuse_unfinished(path: Path) -> None:
-    for name in (path.name, path.stem):
-        marker = path.with_name(f"{name}-unfinished")
-        if marker.exists():
-            raise CheckpointError(f"{path} is unfinished: {marker.name} exists beside it")
+    """Raise if a save's marker is there still, whatever name or part of it was given."""
+    whole = path.resolve()
+    for place in dict.fromkeys([path.absolute(), whole, *list(whole.parents)[:_LEVELS]]):
+        for name in {place.name, place.stem} - {""}:
+            marker = place.with_name(f"{name}{_UNFINISHED}")
+            if marker.exists():
+                raise CheckpointError(f"{path} is unfinished: {marker} exists")
 
 
-def _refuse_unmergeable(path: Path, tensors: dict[str, LogicalTensor]) -> None:
-    if not tensors:
+def _refuse_unmergeable(path: Path, store: Store) -> None:
+    if not store.tensors:
         raise CheckpointError(f"{path} holds no floating-point model tensors")
-    for name, tensor in tensors.items():
+    for name in store.tensors:
         if "adapter_layer" in name:
             raise CheckpointError(
                 f"{path} holds adapter weights ({name}); merge them into the base"
             )
-        if tensor.dtype not in MERGEABLE:
+    dtypes = {name: tensor.dtype for name, tensor in store.tensors.items()}
+    for name, dtype in {**dtypes, **store.others}.items():
+        bad = dtype in _QUANTISED if name in store.others else dtype not in MERGEABLE
+        if bad and "_extra_state" not in name:  # Transformer Engine's is bytes
             raise CheckpointError(
-                f"{path}: {name} is stored as {tensor.dtype}; quantised weights cannot be merged, "
+                f"{path}: {name} is stored as {dtype}; quantised weights cannot be merged, "
                 "export the policy in bfloat16 or float32"
             )

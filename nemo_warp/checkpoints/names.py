@@ -7,9 +7,11 @@ tensor per layer, named the second way, so that the two give the same merge.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 
 import torch
 
@@ -20,9 +22,14 @@ from nemo_warp.checkpoints.record import Record
 WRAPPERS = ("model.module.module.", "model.module.", "model.", "module.")
 """Prefixes that wrappers put before the model's own names (NeMo 1, AMP O2, NeMo 2)."""
 
+BEFORE_MCORE = "language_model."
+"""What NeMo's own Megatron, before Megatron-core, puts before embedding, encoder and output."""
+
 MAX_PATCHES = 1 << 20
-DROPPED = re.compile(r"^(chained_\d+\.)?optimizer\.")
-"""Keys that outputs do not carry over: optimizer state."""
+MAX_PATCHES_OF_TENSOR = 1 << 16
+MAX_LAYERS = 1 << 13
+DROPPED = re.compile(r"^(chained_\d+\.)?optimizer\.|^anchor\.")
+"""Keys that outputs do not carry over: optimizer state, and the KL reference of our members."""
 
 _NORMS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
@@ -76,7 +83,7 @@ def strip_wrapper(key: str) -> str:
 
 def canonical_name(key: str) -> str:
     """The name of a stored key that all formats and layer implementations share."""
-    name = strip_wrapper(key)
+    name = strip_wrapper(key).removeprefix(BEFORE_MCORE)
     for local, fused in _NORMS.items():
         head, found, tail = name.partition(f".{local}")
         if found and ".layers." in f"{head}.":
@@ -128,17 +135,19 @@ def _layers(name: str, entry: StackedTensor, where: str) -> Iterator[LogicalTens
     _check_blocks(entry, where)
     match = _STACKED.match(name)
     if match is None:
-        yield _tensor(name, entry.shape, entry.dtype, entry.blocks)
+        yield _tensor(name, entry.shape, entry.dtype, entry.blocks, where)
         return
     if len(entry.shape) < 2:
         raise CheckpointError(f"{where}: {entry.key} is stacked over layers but has no layer axis")
+    if entry.shape[0] > MAX_LAYERS:
+        raise CheckpointError(f"{where}: {entry.key} claims to have {entry.shape[0]} layers")
     layers: list[list[Block]] = [[] for _ in range(entry.shape[0])]
     for block in entry.blocks:
         for layer, piece in _slices(block, entry.dtype.itemsize):
             layers[layer].append(piece)
     for index, blocks in enumerate(layers):
         layer_name = f"{match['stack']}.{index}.{match['rest']}"
-        yield _tensor(layer_name, entry.shape[1:], entry.dtype, blocks)
+        yield _tensor(layer_name, entry.shape[1:], entry.dtype, blocks, where)
 
 
 def _slices(block: Block, itemsize: int) -> Iterator[tuple[int, Block]]:
@@ -151,19 +160,25 @@ def _slices(block: Block, itemsize: int) -> Iterator[tuple[int, Block]]:
         yield block.offsets[0] + i, Block(block.offsets[1:], sizes, block.record, start)
 
 
-def _tensor(name, shape, dtype, blocks) -> LogicalTensor:
-    patches = [
-        patch
-        for block in blocks
-        for patch in patches_of_block(
+def _tensor(name, shape, dtype, blocks, where) -> LogicalTensor:
+    found = chain.from_iterable(
+        patches_of_block(
             shape, block.offsets, block.sizes, block.record, block.start, dtype.itemsize
         )
-    ]
-    return LogicalTensor(name, tuple(shape), dtype, tuple(patches))
+        for block in blocks
+    )
+    patches = tuple(islice(found, MAX_PATCHES_OF_TENSOR + 1))
+    if len(patches) > MAX_PATCHES_OF_TENSOR:
+        raise CheckpointError(f"{where}: {name} is cut into an absurd number of pieces")
+    return LogicalTensor(name, tuple(shape), dtype, patches)
 
 
 def _check_blocks(entry: StackedTensor, where: str) -> None:
-    """Bounds that keep later loops short, before anything is expanded."""
+    """Bounds that keep later loops short, before anything is expanded.
+
+    What the shape claims is stored: so no claim is larger than the files.
+    """
+    covered = 0
     for block in entry.blocks:
         numel = 1
         for offset, size, whole in zip(block.offsets, block.sizes, entry.shape, strict=True):
@@ -175,5 +190,11 @@ def _check_blocks(entry: StackedTensor, where: str) -> None:
             numel *= size
         if block.start + numel * entry.dtype.itemsize > block.record.size:
             raise CheckpointError(f"{where}: a shard of {entry.key} is larger than its file")
+        covered += numel
+    if covered != math.prod(entry.shape):
+        raise CheckpointError(
+            f"{where}: the shards of {entry.key} cover {covered} of {math.prod(entry.shape)} "
+            "elements or overlap; the checkpoint is incomplete or damaged"
+        )
     if len(entry.blocks) > MAX_PATCHES:
         raise CheckpointError(f"{where}: {entry.key} has {len(entry.blocks)} shards")

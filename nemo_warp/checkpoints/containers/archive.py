@@ -10,6 +10,7 @@ import io
 import os
 import tarfile
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from nemo_warp.checkpoints.errors import CheckpointError
@@ -17,6 +18,9 @@ from nemo_warp.checkpoints.record import Record
 
 MAX_HEADER_BYTES = 1 << 20
 """No honest tar header (pax and long names included) comes near this."""
+
+MAX_FILES = 1 << 18
+"""In a folder; a 512-GPU save has some thousands."""
 
 MAX_SMALL_FILE_BYTES = 1 << 28
 """Limit for files read whole: configuration, metadata, pickles."""
@@ -59,7 +63,10 @@ def open_archive(path: Path) -> Archive:
         CheckpointError: it does not exist, is not such an archive, or is unsafe.
     """
     if path.is_dir():
-        return Archive(path, False, dict(_directory_members(path)))
+        members = dict(_directory_members(path))
+        if len(members) > MAX_FILES:
+            raise CheckpointError(f"{path} holds more than {MAX_FILES} files; is it a checkpoint?")
+        return Archive(path, False, members)
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist")
     return Archive(path, True, dict(_tar_members(path)))
@@ -126,10 +133,19 @@ class RangeReader(io.RawIOBase):
 
 
 def _directory_members(path: Path):
-    for file in sorted(path.rglob("*")):
+    """Files below a folder; nothing outside it is read, so links must stay inside."""
+    root = path.resolve()
+    for file in sorted(islice(path.rglob("*"), MAX_FILES + 1)):
         name = file.relative_to(path).as_posix()
-        if file.is_symlink() and not file.resolve().is_file():
-            raise CheckpointError(f"{path}: {name} is a broken or directory link")
+        if file.is_symlink():
+            target = file.resolve()
+            if not target.is_file():
+                raise CheckpointError(f"{path}: {name} is a broken or directory link")
+            if not target.is_relative_to(root):
+                raise CheckpointError(
+                    f"{path}: {name} is a link to {target}, outside the checkpoint; refused: if "
+                    "you trust it, make a copy without links (cp -rL)"
+                )
         if file.is_file():
             yield name, Record(file, 0, file.stat().st_size)
 
@@ -150,6 +166,8 @@ def _tar_members(path: Path):
                 name = _safe_name(path, member)
                 if member.isdir():
                     continue
+                if member.size < 0 or member.offset_data < 0:
+                    raise CheckpointError(f"{path}: {name} claims {member.size} bytes; refused")
                 if member.offset_data + member.size > size:
                     raise CheckpointError(
                         f"{path}: {name} claims {member.size} bytes but the tar ends at {size}; "

@@ -23,7 +23,8 @@ from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.io.crc import crc32
 from nemo_warp.checkpoints.record import Record
 
-MAX_DIRECTORY_BYTES = 1 << 26
+MAX_DIRECTORY_BYTES = 1 << 24
+"""For some 150 000 records; a parsed one takes ten times the memory."""
 MAX_PICKLE_BYTES = 1 << 28
 ALIGNMENT = 64
 """Of records in the file, as torch.save has it."""

@@ -1,7 +1,9 @@
 """Unpicklers that can build tensor descriptions and nothing else.
 
-A pickle is a program. These resolve a global only if it is on a short list of inert
-constructors, so a hostile ``.metadata`` or ``data.pkl`` stops at its first import, by name.
+A pickle is a program. These resolve a global only if it is on a short list, and what the list
+gives is our own: functions that build plain descriptions, and `Inert` objects, the only ones whose
+state a pickle may set. So a hostile ``.metadata`` or ``data.pkl`` stops at its first import, by
+name, and cannot change a class of torch's. No opcode makes more than the file has bytes for.
 Tensors become `StoredTensor` descriptions; no tensor memory is ever allocated.
 """
 
@@ -19,6 +21,9 @@ import torch
 from torch.distributed.checkpoint import filesystem, metadata
 
 from nemo_warp.checkpoints.errors import CheckpointError
+
+_MAX_AXES = 16
+_MAX_NUMBER = 1 << 60
 
 
 @dataclass(frozen=True)
@@ -56,21 +61,78 @@ class Opaque:
     content: tuple[Any, ...]
 
 
-class Discarded:
+class Inert:
+    """An object of a class that the pickle names, as data: nothing of that class is run.
+
+    Attributes:
+        arguments: what it is made from.
+        state: what its state is set to.
+    """
+
+    __slots__ = ("arguments", "state")
+
+    def __new__(cls, *arguments: Any) -> Inert:  # noqa: D102
+        made = super().__new__(cls)
+        made.arguments, made.state = arguments, None
+        return made
+
+    def fields(self) -> dict[str, Any]:
+        """The state of a dataclass; {} if it is none."""
+        return self.state if isinstance(self.state, dict) else {}
+
+
+class Discarded(Inert):
     """A note of the writer (Megatron-core leaves its save plans in ``.metadata``), not kept."""
 
-    def __new__(cls, *_arguments):  # noqa: D102
-        return super().__new__(cls)
 
-    def __setstate__(self, state: Any) -> None:
-        pass
+class _Metadata(Inert):
+    pass
+
+
+class _TensorStorage(Inert):
+    pass
+
+
+class _BytesStorage(Inert):
+    pass
+
+
+class _Chunk(Inert):
+    pass
+
+
+class _Properties(Inert):
+    pass
+
+
+class _Place(Inert):
+    pass
+
+
+class _Index(Inert):
+    """A key of ``storage_data``: equal if name and offset are."""
+
+    def place(self) -> tuple[str, torch.Size | None]:
+        fields = self.fields()
+        name, offset = fields.get("fqn"), fields.get("offset")
+        if isinstance(name, str) and isinstance(offset, torch.Size | None):
+            return name, offset
+        raise CheckpointError("a tensor index is malformed")
+
+    def __hash__(self) -> int:
+        return hash(self.place())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Index) and self.place() == other.place()
 
 
 _DTYPE_NAMES = (
     *("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"),
+    *("float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu", "float4_e2m1fn_x2"),
     *("int64", "int32", "int16", "int8", "uint8", "bool", "complex64", "complex128"),
+    *("uint64", "uint32", "uint16"),
 )
-_DTYPES = {name: getattr(torch, name) for name in _DTYPE_NAMES}
+_DTYPES = {name: getattr(torch, name) for name in _DTYPE_NAMES if hasattr(torch, name)}
 _STORAGE_DTYPES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -87,11 +149,11 @@ _STORAGE_DTYPES = {
 
 
 def _rebuild_tensor(storage, offset, size, stride, *_ignored) -> StoredTensor:
-    shape, stride = tuple(size), tuple(stride)
+    shape, stride = tuple(_size(size)), tuple(_size(stride))
     numbers = (offset, *shape, *stride)
-    if not isinstance(storage, StoredStorage) or len(shape) != len(stride) or len(shape) > 16:
+    if not isinstance(storage, StoredStorage) or len(shape) != len(stride):
         raise CheckpointError("a tensor description is malformed")
-    if not all(isinstance(n, int) and 0 <= n < 1 << 62 for n in numbers):
+    if not all(isinstance(n, int) and 0 <= n < _MAX_NUMBER for n in numbers):
         raise CheckpointError("a tensor description has impossible sizes")
     last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
     if math.prod(shape) and last >= storage.numel:
@@ -99,6 +161,22 @@ def _rebuild_tensor(storage, offset, size, stride, *_ignored) -> StoredTensor:
             f"a tensor of shape {list(shape)} exceeds its storage of {storage.numel} elements"
         )
     return StoredTensor(storage, offset, shape, stride)
+
+
+def _rebuild_untyped(storage, offset, size, stride, _grad, _hooks, dtype, *_ignored):
+    """A dtype that has no storage class of its own, such as float8: the storage counts bytes."""
+    if not isinstance(storage, StoredStorage) or not isinstance(dtype, torch.dtype):
+        raise CheckpointError("a tensor description is malformed")
+    typed = StoredStorage(storage.key, dtype, storage.numel // dtype.itemsize)
+    return _rebuild_tensor(typed, offset, size, stride)
+
+
+def _size(dimensions: Any = ()) -> torch.Size:
+    """A shape; anything else, such as bytes, would grow eight times."""
+    plain = isinstance(dimensions, tuple | list) and len(dimensions) <= _MAX_AXES
+    if not plain or not all(type(n) is int and abs(n) < _MAX_NUMBER for n in dimensions):
+        raise CheckpointError("a shape is malformed")
+    return torch.Size(dimensions)
 
 
 def _rebuild_parameter(data, *_ignored):
@@ -117,9 +195,10 @@ def _empty_dict(*arguments) -> OrderedDict:
 
 _TENSOR_GLOBALS: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_untyped,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
     ("collections", "OrderedDict"): _empty_dict,
-    ("torch", "Size"): tuple,
+    ("torch", "Size"): _size,
     ("torch.serialization", "_get_layout"): _opaque,
     ("_io", "BytesIO"): _opaque,
     **{("torch", name): dtype for name, dtype in _STORAGE_DTYPES.items()},
@@ -127,40 +206,41 @@ _TENSOR_GLOBALS: dict[tuple[str, str], Any] = {
     **{("torch", name): dtype for name, dtype in _DTYPES.items()},
 }
 
-_METADATA_MODULES = {
-    "torch.distributed.checkpoint.metadata": (
-        metadata,
-        "Metadata TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata TensorProperties "
-        "MetadataIndex StorageMeta _MEM_FORMAT_ENCODING",
-    ),
-    "torch.distributed.checkpoint.filesystem": (filesystem, "_StorageInfo"),
-}
-_PLAN_NAMES = "SavePlan WriteItem WriteItemType TensorWriteData"
+_PLANS = "torch.distributed.checkpoint.planner"
+_METADATA = "torch.distributed.checkpoint.metadata"
 _METADATA_GLOBALS: dict[tuple[str, str], Any] = {
-    ("torch", "Size"): torch.Size,
+    ("torch", "Size"): _size,
     ("torch.serialization", "_get_layout"): _opaque,
     ("collections", "OrderedDict"): _empty_dict,
     ("pathlib", "PosixPath"): _opaque,
     ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"): Discarded,
-    **{("torch.distributed.checkpoint.planner", name): Discarded for name in _PLAN_NAMES.split()},
-    **{("torch", name): dtype for name, dtype in _DTYPES.items()},
     **{
-        (module, name): getattr(source, name)
-        for module, (source, names) in _METADATA_MODULES.items()
-        for name in names.split()
-        if hasattr(source, name)
+        (_PLANS, name): Discarded
+        for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")
     },
+    **{("torch", name): dtype for name, dtype in _DTYPES.items()},
+    (_METADATA, "Metadata"): _Metadata,
+    (_METADATA, "TensorStorageMetadata"): _TensorStorage,
+    (_METADATA, "BytesStorageMetadata"): _BytesStorage,
+    (_METADATA, "ChunkStorageMetadata"): _Chunk,
+    (_METADATA, "TensorProperties"): _Properties,
+    (_METADATA, "MetadataIndex"): _Index,
+    (_METADATA, "StorageMeta"): Discarded,
+    (_METADATA, "_MEM_FORMAT_ENCODING"): Discarded,
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _Place,
 }
 
 
 def _check_key(key: Any) -> None:
-    """Only keys that hash in constant time: nested tuples can be made to hash for years."""
-    if isinstance(key, metadata.MetadataIndex):
-        if isinstance(key.fqn, str) and isinstance(key.offset, torch.Size | None):
-            return
-    elif isinstance(key, str | int):
-        return
-    raise CheckpointError("a dictionary key is neither text, number nor tensor index")
+    """Only keys that hash in constant time and not all alike.
+
+    Nested tuples can be made to hash for years, and numbers that are equal modulo 2^61 - 1 share
+    their hash.
+    """
+    if isinstance(key, _Index):
+        key.place()
+    elif not (isinstance(key, str) or (type(key) is int and abs(key) < _MAX_NUMBER)):
+        raise CheckpointError("a dictionary key is neither text, number nor tensor index")
 
 
 class _RestrictedUnpickler(pickle._Unpickler):  # pure Python: the C one can be told to allocate
@@ -179,9 +259,39 @@ class _RestrictedUnpickler(pickle._Unpickler):  # pure Python: the C one can be 
             _check_key(key)
         self.load_setitems()
 
+    def _load_reduce(self):
+        self._check_arguments(self.stack[-1])
+        self.load_reduce()
+
+    def _load_newobj(self):
+        self._check_arguments(self.stack[-1])
+        made = self.stack[-2]
+        if not (isinstance(made, type) and issubclass(made, Inert)):
+            raise CheckpointError("makes an object of something that is no class; refused")
+        self.load_newobj()
+
+    def _check_arguments(self, arguments: Any) -> None:
+        if type(arguments) is not tuple or len(arguments) > _MAX_AXES:
+            raise CheckpointError("calls something with too many arguments; refused")
+
+    def _load_build(self):
+        state = self.stack.pop()
+        target = self.stack[-1]
+        if isinstance(target, Inert):
+            target.state = state
+        elif not isinstance(target, OrderedDict):  # a state dict's versions of modules
+            raise CheckpointError("sets the attributes of something that has none; refused")
+
     dispatch[pickle.SETITEM[0]] = _load_setitem
     dispatch[pickle.SETITEMS[0]] = _load_setitems
-    for _unused in (pickle.DICT, pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET, pickle.INST):
+    dispatch[pickle.REDUCE[0]] = _load_reduce
+    dispatch[pickle.NEWOBJ[0]] = _load_newobj
+    dispatch[pickle.BUILD[0]] = _load_build
+    for _unused in (
+        *(pickle.DICT, pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET),
+        *(pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX, pickle.EXT1, pickle.EXT2, pickle.EXT4),
+        *(pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER),
+    ):
         del dispatch[_unused[0]]
 
     def find_class(self, module: str, name: str) -> Callable:
@@ -214,13 +324,66 @@ def load_tensor_pickle(data: bytes, what: str) -> Any:
 def load_metadata_pickle(data: bytes, what: str) -> metadata.Metadata:
     """A torch distributed checkpoint's ``.metadata``.
 
+    Entries may hold anything that is harmless; who uses one checks that it makes sense.
+
     Raises:
         CheckpointError: it is not one, or wants to import something else.
     """
     result = _load(data, _METADATA_GLOBALS, what)
-    if not isinstance(result, metadata.Metadata):
+    if not isinstance(result, _Metadata):
         raise CheckpointError(f"{what} is not a torch distributed checkpoint's metadata")
-    return result
+    fields = result.fields()
+    described, places = fields.get("state_dict_metadata"), fields.get("storage_data")
+    if isinstance(described, dict):
+        described = {key: _described(entry) for key, entry in described.items()}
+    if isinstance(places, dict):
+        places = {_key(key, what): _place(place) for key, place in places.items()}
+    made = metadata.Metadata(described, fields.get("planner_data"), places)
+    made.mcore_data = fields.get("mcore_data")
+    return made
+
+
+def _described(entry: Any) -> Any:
+    if isinstance(entry, _BytesStorage):
+        return metadata.BytesStorageMetadata()
+    if not isinstance(entry, _TensorStorage):
+        return entry
+    fields = entry.fields()
+    chunks = fields.get("chunks")
+    if isinstance(chunks, list):
+        chunks = [_chunk(chunk) for chunk in chunks]
+    properties = fields.get("properties")
+    if isinstance(properties, _Properties):  # torch gives it a tuple for a state
+        state = properties.state
+        dtype = state[0] if isinstance(state, tuple) and state else None
+        properties = metadata.TensorProperties(dtype=dtype)
+    return metadata.TensorStorageMetadata(properties, fields.get("size"), chunks)
+
+
+def _chunk(chunk: Any) -> Any:
+    if not isinstance(chunk, _Chunk):
+        return chunk
+    fields = chunk.fields()
+    return metadata.ChunkStorageMetadata(fields.get("offsets"), fields.get("sizes"))
+
+
+def _key(key: Any, what: str) -> Any:
+    if not isinstance(key, _Index):
+        return key
+    try:
+        return metadata.MetadataIndex(*key.place())
+    except CheckpointError as error:  # its state was set again after it became a key
+        raise CheckpointError(f"{what}: {error}") from error
+
+
+def _place(place: Any) -> Any:
+    if not isinstance(place, _Place):
+        return place
+    fields = place.fields()
+    made = filesystem._StorageInfo(*(fields.get(n) for n in ("relative_path", "offset", "length")))
+    if fields.get("transform_descriptors"):
+        made.transform_descriptors = True  # only whether there are any matters
+    return made
 
 
 def _load(data: bytes, allowed: dict[tuple[str, str], Any], what: str) -> Any:

@@ -31,9 +31,16 @@ _RANK_FOLDER = re.compile(r"^(?:mp_rank_(\d+)|tp_rank_(\d+)_pp_rank_(\d+))/model
 _SPLIT_ROWS = (
     *("linear_qkv.weight", "linear_qkv.bias", "linear_fc1.weight", "linear_fc1.bias"),
     *("word_embeddings.weight", "output_layer.weight", "output_layer.bias"),
+    *("query_key_value.weight", "query_key_value.bias"),  # of before Megatron-core
+    *("dense_h_to_4h.weight", "dense_h_to_4h.bias"),
+    *("dense_h_to_4h_2.weight", "dense_h_to_4h_2.bias"),
 )
-_SPLIT_COLUMNS = ("linear_proj.weight", "linear_fc2.weight")
+_SPLIT_COLUMNS = (
+    *("linear_proj.weight", "linear_fc2.weight"),
+    *("attention.dense.weight", "dense_4h_to_h.weight"),  # of before Megatron-core
+)
 _GATED = ("linear_fc1.weight", "linear_fc1.bias")
+_GATED_BEFORE_MCORE = ("dense_h_to_4h.weight", "dense_h_to_4h.bias")  # of fast-swiglu alone
 _GATED_ACTIVATIONS = ("swiglu", "geglu", "reglu")
 _LAYER = re.compile(r"^(?P<stack>.*layers)\.(?P<index>\d+)\.(?P<rest>.*)$")
 _EXPERT = re.compile(r"^(?P<head>.*experts)\.local_experts\.(?P<index>\d+)\.(?P<rest>.*)$")
@@ -90,11 +97,14 @@ class RankFileStore:
                 f"{self._num_pp} pipeline ranks; it is incomplete"
             )
         activation = str(config.get("activation", "")).removeprefix("fast-")
-        self._gated = activation in _GATED_ACTIVATIONS
+        self._gated = _GATED if activation in _GATED_ACTIVATIONS else ()
+        if self._gated and str(config.get("activation", "")).startswith("fast-"):
+            self._gated += _GATED_BEFORE_MCORE
         self._tied = bool(config.get("share_embeddings_and_output_weights", True))
         self._zips = {
             name: read_torch_zip(members[name], f"{where}: {name}") for name in files.values()
         }
+        self.others: dict[str, torch.dtype] = {}
         self._shards = self._list_shards(files)
         self._check_storages()
         self.foreign: list[str] = []
@@ -149,11 +159,11 @@ class RankFileStore:
                 f"{self.where}: {file} comes from virtual pipeline stages; resave it without them"
             )
         for key, value in root.get("state_dict", root).items():
-            if (
-                isinstance(value, StoredTensor)
-                and value.storage.dtype.is_floating_point
-                and 0 not in value.shape
-            ):
+            if not isinstance(value, StoredTensor) or 0 in value.shape:
+                continue
+            if not value.storage.dtype.is_floating_point:
+                self.others[canonical_name(key)] = value.storage.dtype
+            else:
                 if not value.is_contiguous:
                     raise CheckpointError(f"{self.where}: {key} in {file} is not contiguous")
                 yield canonical_name(key), value
@@ -233,7 +243,7 @@ class RankFileStore:
             shards = shards[:1]
         else:
             shape[axis] *= len(shards)
-        halves = 2 if axis == 0 and self._gated and name.endswith(_GATED) else 1
+        halves = 2 if axis == 0 and name.endswith(self._gated) else 1
         blocks = [
             block
             for index, shard in enumerate(shards)

@@ -54,6 +54,14 @@ class TorchDistStore:
         """Keys that are not the model's (optimizer, random states)."""
         return sorted({item.key for item in self._index.items} - self.names.keys())
 
+    @property
+    def others(self) -> dict[str, torch.dtype]:
+        """Canonical name -> dtype of the model's tensors that are not floating."""
+        keys = {item.key for item in self._index.items if item.chunk is not None}
+        dtypes = {key: self._index.described(key).properties.dtype for key in keys}
+        named = {self.names[key]: dtype for key, dtype in dtypes.items() if key in self.names}
+        return {name: dtype for name, dtype in named.items() if not dtype.is_floating_point}
+
     def masters(self) -> dict[str, LogicalTensor]:
         """Canonical name -> fp32 copy in the optimizer state, for the parameters that have one."""
         items = [i for i in self._index.items if i.key.startswith(MASTERS) and i.chunk is not None]

@@ -7,6 +7,7 @@ where a complete torch.save file of that shard lies (torch/distributed/checkpoin
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -52,6 +53,7 @@ class TorchDistIndex:
         self.metadata = load_metadata_pickle(pickled, f"{where}: .metadata")
         self._chunks = _described_chunks(self.metadata, where)
         self.items = list(self._list_items())
+        self._refuse_overlaps()
         self._zips: dict[Item, TorchZip] = {}
 
     def described(self, key: str) -> dcp.TensorStorageMetadata:
@@ -102,6 +104,17 @@ class TorchDistIndex:
                 if chunk is None:
                     raise CheckpointError(f"{self.where}: {index.fqn} has an undescribed shard")
             yield Item(index.fqn, chunk, info.relative_path, self._range(index.fqn, info))
+
+    def _refuse_overlaps(self) -> None:
+        """Items that share bytes could claim more than the files have, any number of times."""
+        by_place = sorted(self.items, key=lambda item: (item.file, item.record.offset))
+        for one, other in itertools.pairwise(by_place):
+            end = one.record.offset + one.record.size
+            if one.file == other.file and other.record.offset < end:
+                raise CheckpointError(
+                    f"{self.where}: {one.key} and {other.key} share bytes of {one.file}; "
+                    "the checkpoint is damaged"
+                )
 
     def _range(self, key: str, info: _StorageInfo) -> Record:
         name = info.relative_path

@@ -35,6 +35,7 @@ _FLOATS = {
     **{"bfloat16": torch.bfloat16, "<V2": torch.bfloat16, "<f2": torch.float16},
     **{"<f4": torch.float32, "<f8": torch.float64},
 }
+_BYTES = {"|i1": torch.int8, "|u1": torch.uint8}
 _NAMES = {torch.bfloat16: "bfloat16", torch.float16: "<f2", torch.float32: "<f4"}
 
 Locate = Callable[[str, str, Record, torch.dtype], tuple[Record, torch.dtype]]
@@ -64,6 +65,12 @@ class ZarrStore:
     def foreign(self) -> list[str]:
         """Keys that are not the model's."""
         return sorted(self._described.keys() - self.names.keys())
+
+    @property
+    def others(self) -> dict[str, torch.dtype]:
+        """Canonical name -> dtype of the model's tensors that are not floating."""
+        dtypes = {key: self._described[key]["dtype"] for key in self.names}
+        return {self.names[key]: _BYTES[dtype] for key, dtype in dtypes.items() if dtype in _BYTES}
 
     def masters(self) -> dict[str, LogicalTensor]:
         """None are read from this format: its optimizer tensors are flattened per rank."""
@@ -134,7 +141,8 @@ class ZarrStore:
             raise CheckpointError(f"{what} cannot be understood ({error!r})") from error
         if not (plain and even and raw and described["dimension_separator"] in (".", "/")):
             raise CheckpointError(f"{what} is compressed, uneven or malformed")
-        if math.prod(n // size for n, size in zip(shape, sizes, strict=True)) > MAX_PATCHES:
+        count = math.prod(n // size for n, size in zip(shape, sizes, strict=True))
+        if count > min(MAX_PATCHES, len(self.members)):
             raise CheckpointError(f"{what} claims an absurd number of chunks")
         return described
 

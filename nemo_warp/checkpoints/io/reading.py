@@ -162,7 +162,8 @@ def check_replicas(files: FileCache, tensor: LogicalTensor, slab: Slab, rows: np
         if not np.array_equal(copy, rows):
             raise CheckpointError(
                 f"{patches[0].record.path}: its copy of {tensor.name} differs from the one in "
-                f"{tensor.patches[0].record.path}; the ranks of this checkpoint disagree"
+                f"{tensor.patches[0].record.path}; either the ranks of this checkpoint disagree, "
+                "or tensor parallelism splits a tensor of a name that is not Megatron's"
             )
 
 
