@@ -20,8 +20,8 @@ import tarfile
 import venv
 from pathlib import Path
 
-import bench_merge
 import torch
+from _bench_merging import ETAS, MODELS, make_cold, measure_merge
 from torch.distributed.checkpoint import FileSystemReader, load
 
 SCRIPT = """
@@ -44,15 +44,15 @@ SHARD = 1 << 30
 def compare_with_mergekit(folder: Path, shapes, weights, arguments: argparse.Namespace) -> None:
     """Alternate between the two for one read-all, write-K merge; then compare the tensors."""
     python = make_environment(folder, arguments.mergekit)
-    for model in bench_merge.MODELS:
+    for model in MODELS:
         write_hugging_face(folder / f"hf_{model}", model, shapes, weights)
     outputs, workers = max(arguments.outputs), max(arguments.workers)
     ours, theirs = [], []
     for repeat in range(arguments.repeats):
-        bench_merge.make_cold(list(folder.glob("hf_*/*.safetensors")), arguments.drop_caches)
+        make_cold(list(folder.glob("hf_*/*.safetensors")), arguments.drop_caches)
         theirs.append(run_mergekit(python, folder, outputs, workers))
-        bench_merge.make_cold(list(folder.glob("*.nemo")), arguments.drop_caches)
-        ours.append(bench_merge.measure_merge(folder, outputs, workers, "tensor")["seconds"])
+        make_cold(list(folder.glob("*.nemo")), arguments.drop_caches)
+        ours.append(measure_merge(folder, outputs, workers, "tensor")["seconds"])
         print(f"  load average {os.getloadavg()[0]:.1f}", file=sys.stderr)
         if repeat + 1 < arguments.repeats:
             remove_outputs(folder)
@@ -161,7 +161,7 @@ def run_mergekit(python: str, folder: Path, outputs: int, threads: int) -> float
         **{"dtype": "float32", "out_dtype": "bfloat16"},
     }
     steps = [(json.dumps(config), str(slerp))]
-    for eta in bench_merge.ETAS[-outputs:-1]:
+    for eta in ETAS[-outputs:-1]:
         models = [
             {"model": str(path), "parameters": {"weight": weight}}
             for path, weight in ((base, 1 - eta), (slerp, eta))
