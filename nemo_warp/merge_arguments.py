@@ -68,6 +68,7 @@ def build_parser(parser: argparse.ArgumentParser | None = None) -> argparse.Argu
         help="merge models with another rotary base, activation, norm, heads or tokenizer",
     )
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processors to use")
+    add("--memory-gb", type=float, help="for layers, per process (default: most of what is free)")
     add("--report", type=Path, help="folder for report.json, table and pictures")
     add("--verify", nargs="?", const="sample", choices=("sample", "full"), help="reread and check")
     add("--dry-run", action="store_true", help="check everything, print the plan, write nothing")

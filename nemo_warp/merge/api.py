@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_warp.merge.compute import loops
+from nemo_warp.merge.compute.budget import memory_for_groups, too_large
 from nemo_warp.merge.execute import check_outputs, execute
 from nemo_warp.merge.options import MergeOptions, outputs_of
 from nemo_warp.merge.plan import MergePlan, make_plan, open_inputs
@@ -93,3 +94,10 @@ def _log_plan(plan: MergePlan) -> None:
     )
     for note in plan.notes:
         logger.info("note: %s", note)
+    if twice := too_large(plan):
+        largest = max(twice, key=twice.get)
+        logger.warning(
+            "%d groups are read twice: %s alone takes %.2f GB in all inputs, and %.2f GB of memory "
+            "are at hand; more memory, or fewer ranks on this node, would save the second reading",
+            *(len(twice), largest, twice[largest] / 1e9, memory_for_groups(plan) / 1e9),
+        )

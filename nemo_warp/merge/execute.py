@@ -65,7 +65,7 @@ def _lead(plan: MergePlan, meeting: Meeting) -> MergeResult:
         groups = map(GroupResult.from_json, transaction.sealed_measures)
         result = MergeResult(plan, list(groups))
         transaction.publish()
-        result.timing = meter.read(finals[0].parent)
+        result.timing = meter.read()
         if options.report is not None:
             write_report(result, options.report, result.timing)
         transaction.finish()

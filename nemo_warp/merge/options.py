@@ -45,6 +45,8 @@ class MergeOptions:
         allow_similar: accept policies whose task vectors have a cosine above 0.99.
         allow_different_configs: merge models that compute different things with equal weights.
         workers: processors to use per process; the result does not depend on it.
+        memory_gb: gigabytes that layers may take in memory per process; None is most of what is
+            free. A layer that is larger is read twice.
         report: directory for report.json, table and pictures; None writes none.
         verify: None, ``sample`` or ``full``.
         overwrite: replace existing outputs.
@@ -65,6 +67,7 @@ class MergeOptions:
     allow_similar: bool = False
     allow_different_configs: bool = False
     workers: int = 1
+    memory_gb: float | None = None
     report: Path | None = None
     verify: str | None = None
     overwrite: bool = False
@@ -79,6 +82,8 @@ class MergeOptions:
         if not self.policies:
             raise ValueError("no policy to merge; pass at least one with --policies")
         check_numbers(len(self.policies), self.weight, self.workers, self.vocab_size)
+        if self.memory_gb is not None and not self.memory_gb > 0:
+            raise ValueError(f"--memory-gb must be positive, found {self.memory_gb}")
         for eta in self.outputs:
             if not 0.0 <= eta <= MAX_ETA:
                 raise ValueError(f"--eta must lie in [0, {MAX_ETA:g}], found {eta:g}")

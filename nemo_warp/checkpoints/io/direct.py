@@ -39,6 +39,11 @@ class DirectFile:
         self.descriptor = os.open(path, flags, 0o666)
         self._direct = _open_direct(path, flags)
 
+    @property
+    def is_direct(self) -> bool:
+        """Whether the file system gives direct access."""
+        return self._direct is not None
+
     def close(self) -> None:
         """Close both descriptors."""
         for descriptor in (self.descriptor, self._direct):
@@ -56,7 +61,7 @@ class DirectFile:
         """
         skip = offset % ALIGNMENT
         view, done = room[skip : skip + size], 0
-        if self._direct is not None and size >= _MIN_BYTES and _address(room) % ALIGNMENT == 0:
+        if self._direct is not None and size >= _MIN_BYTES and address(room) % ALIGNMENT == 0:
             with _fallback():
                 wanted = room[: whole_pages(skip + size)]
                 done = os.preadv(self._direct, [wanted], offset - skip) - skip
@@ -156,14 +161,15 @@ def _open_direct(path: Path, flags: int) -> int | None:
 
 def _on_pages(data: np.ndarray) -> np.ndarray:
     """``data`` itself if it begins at a page, or else a copy of its first `_PIECE` bytes."""
-    if _address(data) % ALIGNMENT == 0:
+    if address(data) % ALIGNMENT == 0:
         return data
     piece = scratch("write", min(_PIECE, len(data)))
     piece[:] = data[: len(piece)]
     return piece
 
 
-def _address(data: np.ndarray) -> int:
+def address(data: np.ndarray) -> int:
+    """Where an array's first byte is in memory."""
     return data.__array_interface__["data"][0]
 
 

@@ -1,13 +1,14 @@
 """Two passes over a group: read it and measure its angles, then write all outputs.
 
 A group (a layer) stays in memory between the passes, slab by slab, and each slab that is merged
-makes room for one of the next group: while one group is merged and written, the next is read.
+makes room for one of the next group: while one group is merged and written, the next is read. A
+group that is too large for that is read again to be merged.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
@@ -21,6 +22,7 @@ from nemo_warp.checkpoints.io.parts import Part, coalesce, joined_crc32
 from nemo_warp.checkpoints.io.reading import FileCache, check_records
 from nemo_warp.checkpoints.io.slabs import Slab, slabs_of
 from nemo_warp.checkpoints.logical import LogicalTensor
+from nemo_warp.merge.compute.budget import group_bytes, merged_slabs, too_large
 from nemo_warp.merge.compute.kernel import Inputs, Kernel, Measured, room_bytes, rounding_noise
 from nemo_warp.merge.compute.memory import Memory
 from nemo_warp.merge.compute.passes import Pass
@@ -41,12 +43,12 @@ class GroupMeasure:
     Attributes:
         grams: unit -> [1 + M (+ 1), ...] Gram matrix of (theta_init, deltas).
         crcs: per input, tensor name -> CRC-32 of its true rows in logical order.
-        inputs: slab by slab; `Engine.merge` gives their memory back.
+        inputs: slab by slab; `Engine.merge` gives their memory back. None: they are read again.
     """
 
     grams: dict[str, np.ndarray]
     crcs: list[dict[str, int]]
-    inputs: list[Inputs]
+    inputs: list[Inputs | None]
 
 
 class Engine:
@@ -66,11 +68,15 @@ class Engine:
         self._readers = ThreadPoolExecutor(workers + WAITING_THREADS, "measure")
         self._mergers = ThreadPoolExecutor(workers, "merge")
         self._writer = Writer(outputs, workers, progress)
-        self._memory = Memory(_memory_limit(plan))
+        self._twice = too_large(plan)
+        threads = workers + WAITING_THREADS
+        self._memory = Memory(max(_largest_kept(plan, self._twice), _some_slabs(plan, threads)))
+        self._again = Memory(_some_slabs(plan, workers))  # apart: the next groups wait in the other
 
     def close(self) -> None:
         """Stop the threads and close the inputs."""
         self._memory.close()
+        self._again.close()
         self._writer.close()
         for pool in (self._readers, self._mergers):
             pool.shutdown(cancel_futures=True)
@@ -81,14 +87,15 @@ class Engine:
 
         The pass raises CheckpointError: damaged bytes, copies that differ, a NaN or an infinity.
         """
-        slabs = list(_merged_slabs(group))
+        slabs = list(merged_slabs(group))
         padding = [
             (source, slab)
             for tensor in group.tensors
             for source in tensor.sources
             for slab in slabs_of(tensor.true_rows, source.rows, source.cols)
         ]
-        tasks = [(self._measure, self._memory.ticket(), *place) for place in slabs]
+        keep = group.name not in self._twice
+        tasks = [(self._measure, self._memory.ticket(), keep, *place) for place in slabs]
         tasks += [(self._read_padding, *place) for place in padding]
 
         def finish(found: list) -> GroupMeasure:
@@ -115,7 +122,7 @@ class Engine:
 
         The pass raises ValueError: a merged value is too large for the outputs' dtype.
         """
-        slabs = list(_merged_slabs(group))
+        slabs = list(merged_slabs(group))
         padding = [
             (tensor, slab)
             for tensor in group.tensors
@@ -128,8 +135,12 @@ class Engine:
         tasks += [(self._copy_padding, *place) for place in padding]
 
         def finish(found: list) -> GroupResult:
+            again = [part for result in found[: len(slabs)] for part in result[3]]
+            if again:
+                sources = [source for tensor in group.tensors for source in tensor.sources]
+                check_records(self._files, sources, again)
             units: dict[str, UnitResult] = {}
-            for (tensor, slab), (_, *measured) in zip(slabs, found, strict=False):
+            for (tensor, slab), (_, *measured, _) in zip(slabs, found, strict=False):
                 unit, size = tensor.unit, slab.rows * tensor.target.cols
                 share = UnitResult(measure.grams[unit], coefficients[unit], *measured, size)
                 if unit in units:
@@ -148,14 +159,18 @@ class Engine:
     def forget(self, measure: GroupMeasure) -> None:
         """Give back the memory of a group that will not be merged."""
         for inputs in measure.inputs:
-            self._memory.give(inputs.buffer)
+            if inputs is not None:
+                self._memory.give(inputs.buffer)
 
-    def _measure(self, ticket: int, tensor: TensorPlan, slab: Slab) -> Measured:
+    def _measure(self, ticket: int, keep: bool, tensor: TensorPlan, slab: Slab) -> Measured:
         buffer = self._memory.take(room_bytes(tensor, slab), ticket)
         measured = self._kernel.measure(tensor, slab, buffer)
         if not np.isfinite(measured.grams).all():
             self._refuse_nonfinite(tensor, slab)
         self.progress(slab.rows * sum(source.row_bytes for source in tensor.sources))
+        if not keep:
+            self._memory.give(buffer)
+            measured.inputs = None
         return measured
 
     def _refuse_nonfinite(self, tensor: TensorPlan, slab: Slab) -> None:
@@ -173,9 +188,23 @@ class Engine:
         return self._kernel.read(source, slab)[1]
 
     def _merge(
-        self, tensor: TensorPlan, slab: Slab, inputs: Inputs, coefficients: np.ndarray
+        self, tensor: TensorPlan, slab: Slab, inputs: Inputs | None, coefficients: np.ndarray
+    ) -> tuple[list[list[Future]], np.ndarray, np.ndarray, list[Part]]:
+        """What `Writer.write` started, piece by piece; projections, changed elements, parts read.
+
+        The slab is read, if it was not kept.
+        """
+        if inputs is not None:
+            return *self._merge_slab(tensor, slab, inputs, coefficients, self._memory), []
+        buffer = self._again.take(room_bytes(tensor, slab))
+        measured = self._kernel.measure(tensor, slab, buffer)
+        parts = [part for read in measured.parts for part in read]
+        merged = self._merge_slab(tensor, slab, measured.inputs, coefficients, self._again)
+        return *merged, parts
+
+    def _merge_slab(
+        self, tensor: TensorPlan, slab: Slab, inputs: Inputs, coefficients: np.ndarray, memory
     ) -> tuple[list[list[Future]], np.ndarray, np.ndarray]:
-        """What `Writer.write` started, piece by piece, projections and changed elements."""
         count = len(self.outputs)
         projections, changed = np.zeros(count), np.zeros(count, np.int64)
         started = []
@@ -190,7 +219,7 @@ class Engine:
             projections += merged.projections
             changed += merged.changed
             started.append(self._writer.write(tensor.target, piece, merged.values, room))
-        self._memory.give(inputs.buffer)
+        memory.give(inputs.buffer)
         return started, projections, changed
 
     def _noise(self, name: str, piece: Piece) -> np.ndarray | None:
@@ -213,15 +242,16 @@ class Engine:
         return (started,)
 
 
-def _merged_slabs(group: GroupPlan) -> Iterable[tuple[TensorPlan, Slab]]:
-    for tensor in group.tensors:
-        for slab in slabs_of(0, tensor.true_rows, tensor.target.cols):
-            yield tensor, slab
+def _largest_kept(plan: MergePlan, twice: dict[str, int]) -> int:
+    """Bytes for the largest group in all inputs that is kept."""
+    kept = (group_bytes(group) for group in plan.groups if group.name not in twice)
+    return max(kept, default=0)
 
 
-def _memory_limit(plan: MergePlan) -> int:
-    """Bytes for the largest group in all inputs."""
-    return max(sum(room_bytes(*place) for place in _merged_slabs(group)) for group in plan.groups)
+def _some_slabs(plan: MergePlan, count: int) -> int:
+    """Bytes for ``count`` slabs of all inputs."""
+    places = (place for group in plan.groups for place in merged_slabs(group))
+    return count * max(room_bytes(*place) for place in places)
 
 
 def _group_measure(

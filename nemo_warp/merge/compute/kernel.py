@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 
 from nemo_warp.checkpoints.io.crc import crc32
-from nemo_warp.checkpoints.io.direct import pages, room_for, scratch
+from nemo_warp.checkpoints.io.direct import address, pages, room_for, scratch
 from nemo_warp.checkpoints.io.parts import Part
 from nemo_warp.checkpoints.io.reading import FileCache, check_replicas, read_slab, slab_room
 from nemo_warp.checkpoints.io.slabs import Slab, rows_per_block
@@ -177,11 +178,15 @@ def _common_dtype(tensor: TensorPlan) -> torch.dtype:
 
 
 def _settle(rows: np.ndarray, room: np.ndarray, width: int) -> int:
-    """Where ``rows`` begin in ``room``, moved to its start if elements lie across their places."""
-    skip = rows.ctypes.data - room.ctypes.data
-    if skip % width == 0:
-        return skip
-    room[: rows.nbytes] = rows.reshape(-1)
+    """Where ``rows`` begin in ``room``, moved to its start if elements lie across their places.
+
+    They do where a writer put items of odd length one after the other (torch's DCP). numpy would
+    make a copy on the way, because source and target overlap.
+    """
+    start, place = address(room), address(rows)
+    if (place - start) % width == 0:
+        return place - start
+    ctypes.memmove(start, place, rows.nbytes)
     return 0
 
 

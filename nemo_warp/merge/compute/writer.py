@@ -21,7 +21,7 @@ from nemo_warp.merge.publish.output import Output
 THREADS = 24
 """They do nothing but write: a disk is as fast as it has requests to choose from."""
 
-PIECE_BYTES = 6 << 20
+PIECE_BYTES = 8 << 20
 """A piece of all outputs, about: what is in memory does not depend on their number."""
 
 WAITING_PIECES = 4
