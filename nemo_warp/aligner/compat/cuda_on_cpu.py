@@ -182,6 +182,24 @@ def _moved_to_cpu(move: Callable[..., Any]) -> Callable[..., Any]:
     return to
 
 
+def _type_on_cuda(type_: Callable[..., Any]) -> Callable[..., Any]:
+    """``Tensor.type``: without arguments it names the CUDA type; such a name means the CPU's.
+
+    NeMo and Megatron-core tell bf16 from fp32 parameters by ``param.type()`` and the names of CUDA
+    types only (optimizer_with_main_params.py l.311, Megatron's optimizer/optimizer.py).
+    """
+
+    @functools.wraps(type_)
+    def named(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not args and not kwargs:
+            return type_(self).replace("torch.", "torch.cuda.", 1)
+        if args and isinstance(args[0], str):
+            args = (args[0].replace("torch.cuda.", "torch."), *args[1:])
+        return type_(self, *args, **kwargs)
+
+    return named
+
+
 def _replace_tensor_making(replacements: Replacements) -> None:
     builtins = importlib.import_module("torch.jit._builtins")
     for name in _FACTORIES:
@@ -196,6 +214,7 @@ def _replace_tensor_making(replacements: Replacements) -> None:
         replacements.set(torch.Tensor, name, wrapped, 'device="cuda" is the CPU')
     replacements.set(torch.Tensor, "to", _moved_to_cpu(torch.Tensor.to), '"cuda" is the CPU')
     replacements.set(torch.Tensor, "cuda", _unmoved, "the CPU")
+    replacements.set(torch.Tensor, "type", _type_on_cuda(torch.Tensor.type), "says torch.cuda")
     replacements.set(torch.nn.Module, "cuda", _unmoved, "the CPU")
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from nemo_warp.aligner.compat.norm import LayerNorm
 from nemo_warp.aligner.compat.replacements import Replacements
 
 PACKAGES = ("apex", "transformer_engine", "tensorrt_llm")
@@ -156,6 +157,12 @@ def _replace_transformer_engine(replacements: Replacements) -> None:
         list,
         "Megatron-BERT cannot be imported without Transformer Engine",
     )
+    specs = importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")
+    block = importlib.import_module("megatron.core.transformer.transformer_block")
+    for module, name in ((specs, "LNImpl"), (block, "LayerNormImpl")):
+        replacements.set(
+            module, name, LayerNorm, "knows sequence parallelism and zero-centred weights"
+        )
 
 
 def local_layer_spec(spec_name: str, transformer_config: Any = None, *_: Any, **__: Any) -> Any:
