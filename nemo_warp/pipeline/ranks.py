@@ -4,11 +4,17 @@ torchrun turns every exit code into 1 and kills its workers 30 seconds after a s
 that saved and wants to be requeued could not say so. This sets the same environment
 (``env://`` rendezvous, rank 0 holds the store), forwards SIGUSR1, SIGTERM and SIGINT to every rank,
 ends the others when one fails, and exits with the first failure's code. Over several nodes srun
-reports the highest code, which is that of whoever was killed last; ``--exit-file`` keeps the first.
+reports the highest code, which is that of whoever was killed last; ``--exit-file`` keeps the first,
+and lets the ranks that other processes started end as well.
+
+With ``--mpi`` this process is itself one of the ranks: MPI's launcher started one for each, and
+says which. TensorRT-LLM asks MPI, everything else asks torch: they have to agree.
 
     python -m nemo_warp.pipeline.ranks --nproc-per-node 8 -- python -m nemo_warp.aligner.train ...
     srun --nodes 2 --ntasks-per-node 1 python -m nemo_warp.pipeline.ranks --nodes 2 \
         --nproc-per-node 8 --master-address node1 --master-port 29400 -- python -m ...
+    srun --mpi=pmix --nodes 2 --ntasks-per-node 8 python -m nemo_warp.pipeline.ranks --mpi \\
+        --nodes 2 --nproc-per-node 8 --master-address node1 --master-port 29400 -- python -m ...
 """
 
 from __future__ import annotations
@@ -25,9 +31,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from nemo_warp import exit_codes
+
 _FORWARDED = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 _PR_SET_PDEATHSIG = 1
 _POLL_S = 0.1
+_LOOK_S = 1.0
 _GRACE_S = 30.0
 """What the other ranks get to end by themselves after one did, and again after SIGTERM."""
 
@@ -52,10 +61,17 @@ def exit_status(returncode: int) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the ranks; returns the first failure's exit status, else 0."""
     options = _arguments(argv)
+    if options.mpi:
+        try:
+            _check_mpi_rank(options)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            _record(exit_codes.MISCONFIGURED, options.exit_file)
+            return exit_codes.MISCONFIGURED
     ranks = _start(options)
     for number in _FORWARDED:
         signal.signal(number, lambda n, _frame: _signal(ranks, n))
-    return _wait(ranks, options.exit_file)
+    return _wait(ranks, options.exit_file, os.getppid() if options.mpi else None)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -66,18 +82,17 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--master-address", default="127.0.0.1", help="node of rank 0")
     parser.add_argument("--master-port", type=int, default=0, help="0: a free one (one node only)")
     parser.add_argument("--exit-file", type=Path, help="gets the first failure's exit status")
+    parser.add_argument("--mpi", action="store_true", help="MPI started a process for each rank")
+    parser.add_argument("--side-by-side", type=int, default=1, help="as many share this machine")
     parser.add_argument("command", nargs="+", metavar="-- COMMAND")
     options = parser.parse_args(argv)
-    if options.nodes > 1 and options.master_port == 0:
-        parser.error("several nodes need one --master-port that all of them are told")
+    if (options.nodes > 1 or options.mpi) and options.master_port == 0:
+        parser.error("several nodes, and MPI's ranks, need one --master-port that all are told")
     return options
 
 
 def _start(options: argparse.Namespace) -> list[subprocess.Popen]:
-    node = options.node_rank
-    if node is None:
-        node = int(os.environ.get("SLURM_NODEID", "0")) if options.nodes > 1 else 0
-    local = options.nproc_per_node
+    node, local = _node(options), options.nproc_per_node
     common = {
         "WORLD_SIZE": local * options.nodes,
         "LOCAL_WORLD_SIZE": local,
@@ -90,7 +105,10 @@ def _start(options: argparse.Namespace) -> list[subprocess.Popen]:
         "TORCHELASTIC_MAX_RESTARTS": 0,
         "TORCHELASTIC_USE_AGENT_STORE": "False",
     }
-    own = [{"LOCAL_RANK": r, "RANK": node * local + r} for r in range(local)]
+    if "OMP_NUM_THREADS" not in os.environ:
+        common["OMP_NUM_THREADS"] = threads(local * options.side_by_side)
+    started = [_mpi_local_rank()] if options.mpi else range(local)
+    own = [{"LOCAL_RANK": r, "RANK": node * local + r} for r in started]
     return [
         subprocess.Popen(
             options.command,
@@ -99,6 +117,53 @@ def _start(options: argparse.Namespace) -> list[subprocess.Popen]:
         )
         for rank in own
     ]
+
+
+def _node(options: argparse.Namespace) -> int:
+    if options.node_rank is not None:
+        return options.node_rank
+    return int(os.environ.get("SLURM_NODEID", "0")) if options.nodes > 1 else 0
+
+
+def threads(ranks: int) -> int:
+    """Threads of each of ``ranks`` processes that share this machine, or this step's part of it.
+
+    torch takes all cores for each otherwise: two tiny members side by side on 2 cores took 78 s
+    instead of 60.
+    """
+    cores = len(os.sched_getaffinity(0))
+    allowed = int(os.environ.get("SLURM_CPUS_ON_NODE") or cores)
+    return max(1, min(cores, allowed) // ranks)
+
+
+_MPI_RANKS = ("PMIX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+_MPI_LOCAL_RANKS = ("OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID", "MPI_LOCALRANKID")
+
+
+def _first_set(names: Sequence[str]) -> int | None:
+    return next((int(os.environ[name]) for name in names if name in os.environ), None)
+
+
+def _mpi_local_rank() -> int:
+    local = _first_set(_MPI_LOCAL_RANKS)
+    assert local is not None, "checked"
+    return local
+
+
+def _check_mpi_rank(options: argparse.Namespace) -> None:
+    """Raise ValueError unless MPI's rank is what torch's will be."""
+    rank, local = _first_set(_MPI_RANKS), _first_set(_MPI_LOCAL_RANKS)
+    if rank is None or local is None:
+        raise ValueError(
+            "no MPI rank: TensorRT-LLM needs a process started by MPI for each rank, by srun with "
+            "a PMI plugin (srun --mpi=list; key mpi of the cluster file) or by mpirun"
+        )
+    expected = _node(options) * options.nproc_per_node + local
+    if rank != expected:
+        raise ValueError(
+            f"MPI's rank is {rank}, torch's would be {expected} (node {_node(options)}, local rank "
+            f"{local} of {options.nproc_per_node}): TensorRT-LLM would build the wrong shard here"
+        )
 
 
 def _prepare_rank() -> None:
@@ -113,13 +178,21 @@ def _signal(ranks: list[subprocess.Popen], number: int) -> None:
             rank.send_signal(number)
 
 
-def _wait(ranks: list[subprocess.Popen], exit_file: Path | None) -> int:
-    """Wait for all ranks; after the first failure the others are ended."""
+def _wait(ranks: list[subprocess.Popen], exit_file: Path | None, starter: int | None) -> int:
+    """Wait for all ranks; after the first failure the others are ended.
+
+    With MPI they end with ``starter``, too: mpirun gives its children process groups of their own,
+    and forks them from threads that end, so that `die_with_parent` would not do.
+    """
     first, deadline, kills = 0, None, [signal.SIGTERM, signal.SIGKILL]
+    elsewhere = _Elsewhere(exit_file)
     while any(rank.poll() is None for rank in ranks):
         failed = [rank.returncode for rank in ranks if rank.poll() is not None and rank.returncode]
-        if failed and deadline is None:
-            first, deadline = exit_status(failed[0]), time.monotonic() + _grace(failed[0])
+        status = exit_status(failed[0]) if failed else elsewhere.status()
+        if starter is not None and os.getppid() != starter:
+            _signal(ranks, signal.SIGKILL)
+        if status and deadline is None:
+            first, deadline = status, time.monotonic() + _grace(status)
             _record(first, exit_file)
         if deadline is not None and time.monotonic() > deadline and kills:
             _signal(ranks, kills.pop(0))
@@ -131,6 +204,25 @@ def _wait(ranks: list[subprocess.Popen], exit_file: Path | None) -> int:
     return first
 
 
+class _Elsewhere:
+    """How the first rank ended that failed under another starter, if one did.
+
+    Looks once a second: the file may be on a shared file system.
+    """
+
+    def __init__(self, exit_file: Path | None) -> None:
+        self._file, self._next = exit_file, 0.0
+
+    def status(self) -> int:
+        """Its exit status, 0 as long as all is well."""
+        if self._file is None or time.monotonic() < self._next:
+            return 0
+        self._next = time.monotonic() + _LOOK_S
+        with contextlib.suppress(FileNotFoundError, ValueError):  # ValueError: not yet written
+            return int(self._file.read_text())
+        return 0
+
+
 def _record(status: int, exit_file: Path | None) -> None:
     """Whoever fails first, on any node, makes the file."""
     if status and exit_file is not None:
@@ -138,9 +230,9 @@ def _record(status: int, exit_file: Path | None) -> None:
             stream.write(str(status))
 
 
-def _grace(returncode: int) -> float:
+def _grace(status: int) -> float:
     """Ranks that agreed on an exit code follow by themselves; after a crash they would hang."""
-    return _GRACE_S if returncode > 1 else 2.0
+    return _GRACE_S if 1 < status < 128 else 2.0
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_warp import exit_codes, yaml_text
-from nemo_warp.pipeline.disk import attempts, locks
+from nemo_warp.pipeline.disk import attempts, cancelled, locks
 from nemo_warp.pipeline.disk.request import Request, build_request, read_request
 from nemo_warp.pipeline.disk.state import Status, inspect, is_done
 from nemo_warp.pipeline.launch import slurm, slurm_jobs
@@ -46,10 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m nemo_warp.pipeline.task", description=__doc__)
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("stage", help="e.g. iteration_01/merge; {:02d} is the array index")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the stored recipe")
     options = parser.parse_args(argv)
     index = int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))
     try:
-        recipe = load_recipe(options.run)
+        recipe = load_recipe(options.run, options.overrides)
         stage = _find(recipe, options.stage.replace("{:02d}", f"{index:02d}"))
         with locks.hold(recipe.paths.stage(stage.name).lock, _LOCK_WAIT_S) as lock:
             return run_stage(recipe, stage, lock)
@@ -73,8 +74,10 @@ def _find(recipe: Recipe, name: str) -> Stage:
 
 def run_stage(recipe: Recipe, stage: Stage, lock: int) -> int:
     """Make one attempt at ``stage``, unless it is done or has failed. The lock is held."""
-    paths = recipe.paths.stage(stage.name)
-    _await_needs(recipe, stage)
+    paths, job = recipe.paths.stage(stage.name), slurm_jobs.own_job(recipe, stage)
+    if job is not None:
+        cancelled.withdraw(paths, job)
+    _await_needs(recipe, stage, _VISIBILITY_WAIT_S if job is not None else 0.0)
     request = build_request(recipe, stage)
     if is_done(recipe, stage, request):
         print(f"{stage.name} is done already", flush=True)
@@ -86,22 +89,23 @@ def run_stage(recipe: Recipe, stage: Stage, lock: int) -> int:
     if stuck is not None:
         print(f"error: {stage.name}: {stuck}", file=sys.stderr, flush=True)
         return exit_codes.FAILED
-    allocation = _allocation(recipe, stage)
+    allocation = _allocation(recipe, stage, job)
     attempt = attempts.begin(paths, _record(request, allocation))
     try:
         outcome = Supervisor(recipe, stage, request, allocation, attempt.directory, lock).run()
-    except (OSError, ValueError, KeyError) as error:  # no such program, a command's {placeholder}
+    except ValueError as error:  # no such program, a command's {placeholder}
         outcome = Outcome(exit_codes.MISCONFIGURED, f"cannot be started: {error}")
     outcome = _judge(recipe, stage, request, outcome)
     attempts.end(attempt, outcome.exit_code, outcome.reason, outcome.asked)
     print(f"{stage.name} attempt {attempt.number}: {outcome.reason}", flush=True)
-    _requeue_if_worthwhile(paths, outcome, cap)
+    if job is not None:
+        _requeue_if_worthwhile(paths, outcome, cap, job)
     return outcome.exit_code
 
 
-def _await_needs(recipe: Recipe, stage: Stage) -> None:
+def _await_needs(recipe: Recipe, stage: Stage, wait_s: float) -> None:
     """Raise RecordError unless all the stages before are done (records may take time to show)."""
-    deadline = time.monotonic() + (_VISIBILITY_WAIT_S if slurm.in_job() else 0.0)
+    deadline = time.monotonic() + wait_s
     while True:
         states = inspect(recipe)
         missing = [n for n in stage.needs if states[n].status is not Status.DONE]
@@ -147,11 +151,12 @@ def _supersede(recipe: Recipe, stage: Stage, request: Request) -> None:
     print(f"{stage.name}: its inputs have changed; the old one is in {target}", flush=True)
 
 
-def _allocation(recipe: Recipe, stage: Stage) -> Allocation:
-    if recipe.values["launcher"]["kind"] == "slurm" and slurm.in_job():
-        job = slurm_jobs.job_shape(recipe, stage.kind)
-        return slurm_allocation(recipe.cluster, job.gpus_per_node)
-    return Allocation()
+def _allocation(recipe: Recipe, stage: Stage, job: str | None) -> Allocation:
+    if job is not None:
+        shape = slurm_jobs.stage_shape(recipe, stage)
+        return slurm_allocation(recipe.cluster, shape.gpus_per_node, job)
+    launcher = recipe.values["launcher"]
+    return Allocation(side_by_side=launcher["side_by_side"] if launcher["kind"] == "local" else 1)
 
 
 def _record(request: Request, allocation: Allocation) -> dict[str, Any]:
@@ -162,6 +167,7 @@ def _record(request: Request, allocation: Allocation) -> dict[str, Any]:
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "hosts": allocation.hosts,
+        "devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "slurm": {key: os.environ[key] for key in kept if key in os.environ},
         "config_hash": request.config_hash,
         "code_version": code_version(),
@@ -184,17 +190,17 @@ def _judge(recipe: Recipe, stage: Stage, request: Request, outcome: Outcome) -> 
     return outcome
 
 
-def _requeue_if_worthwhile(paths: StagePaths, outcome: Outcome, cap: int) -> None:
-    """Under Slurm: requeue this job or array task (and no other), then wait to be ended."""
-    if outcome.exit_code == exit_codes.DONE or outcome.asked or not slurm.in_job():
+def _requeue_if_worthwhile(paths: StagePaths, outcome: Outcome, cap: int, job: str) -> None:
+    """Requeue this job or array task (and no other), then wait to be ended."""
+    if outcome.exit_code == exit_codes.DONE or outcome.asked or not outcome.again:
         return
     stuck = attempts.failure(paths, cap)
     if stuck is not None:
         print(f"not requeued: {stuck}", flush=True)
         return
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    print(f"requeueing {slurm.own_job_id()}", flush=True)
-    slurm.requeue_this_job()
+    print(f"requeueing {job}", flush=True)
+    slurm.requeue_this_job(job)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,12 @@ class Cluster:
         "--gpus-per-node", "how GPUs are asked for",
         pattern=r"--gpus-per-node|--gres", pattern_help="--gpus-per-node or --gres",
     )  # fmt: skip
+    gpu_type: str | None = key(
+        None, "named where the site wants it, as in gpu:h100:8",
+        pattern=r"[A-Za-z][\w.-]*", pattern_help="such as h100",
+    )  # fmt: skip
+    mpi: str = key("pmix", "srun --mpi= of steps with TensorRT-LLM, whose ranks are MPI's",
+                   pattern=r"pmix\w*|pmi2", pattern_help="pmix, pmix_v4 or pmi2")  # fmt: skip
     signal_margin_s: int = key(
         900, "before the time limit, when members are told to save and stop", unit="s", low=0
     )

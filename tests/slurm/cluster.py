@@ -18,6 +18,8 @@ from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "srun")
 _STARTUP_S = 60.0
+_GPUS = 8
+"""Of every node; emulated."""
 
 
 def missing() -> str | None:
@@ -48,16 +50,24 @@ class Cluster:
         self.nodes = [f"node{number}" for number in range(1, nodes + 1)]
         self.conf = directory / "slurm.conf"
         self._processes: dict[str, subprocess.Popen] = {}
-        for name in ("state", "spool", "log", "run"):
+        for name in ("state", "spool", "log", "run", "dev"):
             (directory / name).mkdir(parents=True, exist_ok=True)
+        for number in range(_GPUS):
+            (directory / "dev" / f"nvidia{number}").symlink_to("/dev/null")
+        for name in self.nodes:
+            (directory / "tmp" / name).mkdir(parents=True, exist_ok=True)
         controller, *ports = free_ports(1 + nodes)
         self.conf.write_text(self._configuration(controller, ports, cpus))
+        # Emulated: Slurm counts them, shares them out and sets CUDA_VISIBLE_DEVICES.
+        gpus = f"Name=gpu Type=h100 File={directory}/dev/nvidia[0-{_GPUS - 1}]"
+        lines = [f"NodeName={name} {gpus}" for name in self.nodes]
+        (directory / "gres.conf").write_text("\n".join(["AutoDetect=off", *lines, ""]))
 
     def _configuration(self, controller: int, ports: list[int], cpus: int) -> str:
         d, host = self.directory, socket.gethostname()
         nodes = "\n".join(
             f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} "
-            "RealMemory=4000 State=UNKNOWN"
+            f"RealMemory=16000 Gres=gpu:h100:{_GPUS} State=UNKNOWN"
             for name, port in zip(self.nodes, ports, strict=True)
         )
         return f"""\
@@ -72,6 +82,8 @@ AuthInfo=socket={d}/run/munge.socket,cred_expire=6
 CredType=cred/munge
 StateSaveLocation={d}/state
 SlurmdSpoolDir={d}/spool/%n
+# the nodes share this machine's /tmp, and PMIx wants a directory per node and step there
+TmpFS={d}/tmp/%n
 SlurmctldPidFile={d}/run/slurmctld.pid
 SlurmdPidFile={d}/run/slurmd.%n.pid
 SlurmctldLogFile={d}/log/slurmctld.log
@@ -79,6 +91,7 @@ SlurmdLogFile={d}/log/slurmd.%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
+GresTypes=gpu
 SwitchType=switch/none
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
@@ -201,6 +214,8 @@ def main() -> int:
     if reason:
         print(f"error: {reason}", file=sys.stderr)
         return 1
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs ignore SIGINT
+        signal.signal(number, signal.default_int_handler)
     try:
         cluster.start()
         print(f"export SLURM_CONF={cluster.conf}", flush=True)

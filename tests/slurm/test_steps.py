@@ -17,9 +17,9 @@ sys.path.insert(0, {root!r})
 from nemo_warp.pipeline.launch.steps import RunningStep, Step, slurm_allocation
 
 out = Path({out!r})
-cluster = dict(step_python=sys.executable, srun=[], gpu_option="--gpus-per-node",
+cluster = dict(step_python=sys.executable, srun=[], gpu_option="--gpus-per-node", gpu_type=None,
                container=dict(image=None, mounts=[], options=[]))
-allocation = slurm_allocation(cluster, 0)
+allocation = slurm_allocation(cluster, 0, os.environ["SLURM_JOB_ID"])
 rank = (sys.executable, {rank!r}, {out!r})
 lock = os.open(out / "lock", os.O_CREAT)
 actor = Step("actor", (*rank, "actor"), allocation.hosts[:2], 2, exit_file=out / "actor.exit")

@@ -57,6 +57,12 @@ def queue_of(recipe: Recipe) -> dict[str, QueuedJob] | None:
     return slurm_jobs.queue(recipe) if recipe.values["launcher"]["kind"] == "slurm" else None
 
 
+def look_at(recipe: Recipe) -> slurm_jobs.Look:
+    """What Slurm knows of this run's jobs; nothing, for runs that do not use it."""
+    by_slurm = recipe.values["launcher"]["kind"] == "slurm"
+    return slurm_jobs.look(recipe) if by_slurm else slurm_jobs.Look()
+
+
 def in_words(main: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
     """Turn what Slurm and the disk can refuse into a sentence and an exit code."""
 

@@ -12,7 +12,7 @@ from nemo_warp.pipeline.commands.estimate import costs, disk_bytes
 from nemo_warp.pipeline.disk.request import planned_request
 from nemo_warp.pipeline.disk.state import StageState, Status
 from nemo_warp.pipeline.launch import programs, slurm_jobs
-from nemo_warp.pipeline.launch.rounds import driver_waits_for, submit_missing
+from nemo_warp.pipeline.launch.rounds import submit_round
 from nemo_warp.pipeline.launch.steps import Allocation
 from nemo_warp.pipeline.recipe.load import Recipe
 from nemo_warp.pipeline.recipe.plan import MEMBER, MERGE, Stage
@@ -105,8 +105,7 @@ def _submissions(recipe: Recipe) -> Iterator[str]:
 
     for number in range(1, recipe.values["iterations"] + 1):
         lines.append(f"round {number}")
-        jobs = submit_missing(recipe, states, submit)
-        submit(slurm_jobs.sbatch_driver(recipe, driver_waits_for(recipe, jobs)))
+        jobs, _ = submit_round(recipe, states, submit)
         done = set(jobs)
         states = {
             name: StageState(state.stage, Status.DONE if name in done else state.status)
@@ -119,7 +118,7 @@ def _submissions(recipe: Recipe) -> Iterator[str]:
 def _steps(recipe: Recipe, stage: Stage) -> Iterator[str]:
     allocation = Allocation("python")
     if recipe.values["launcher"]["kind"] == "slurm":
-        shape = slurm_jobs.job_shape(recipe, stage.kind)
+        shape = slurm_jobs.stage_shape(recipe, stage)
         hosts = tuple(f"node{number}" for number in range(1, shape.nodes + 1))
         allocation = Allocation(
             recipe.cluster["step_python"], hosts, recipe.cluster, shape.gpus_per_node

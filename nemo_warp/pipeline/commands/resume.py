@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from nemo_warp.pipeline.commands.common import EXIT_CODES, add_recipe, existing, in_words, queue_of
+from nemo_warp.pipeline.commands.common import EXIT_CODES, add_recipe, existing, in_words, look_at
 from nemo_warp.pipeline.commands.run import go
-from nemo_warp.pipeline.disk import attempts
+from nemo_warp.pipeline.disk import attempts, cancelled
 from nemo_warp.pipeline.disk.state import Status, inspect
 
 EPILOG = f"""\
@@ -29,8 +29,10 @@ def main(args: argparse.Namespace) -> int:
     """Forgive, then run; returns an exit code."""
     recipe = existing(args)
     recipe.paths.stop.unlink(missing_ok=True)
-    for state in inspect(recipe, queue_of(recipe)).values():
+    look = look_at(recipe)
+    for name, state in inspect(recipe, look.active, look.cancelled).items():
         if state.status is Status.FAILED:
-            print(f"another chance for {state.stage.name}: {state.reason}")
-            attempts.forgive(recipe.paths.stage(state.stage.name))
+            print(f"another chance for {name}: {state.reason}")
+            attempts.forgive(recipe.paths.stage(name))
+        cancelled.forgive(recipe.paths.stage(name), *look.cancelled_jobs(name))
     return go(recipe)

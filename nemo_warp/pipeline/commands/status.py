@@ -37,8 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Print the state; returns the run's exit code."""
     recipe = existing(args)
-    queue, problem = _queue(recipe)
-    states = inspect(recipe, queue)
+    look, problem = _look(recipe)
+    queue = look.active if look is not None else None
+    states = inspect(recipe, queue, look.cancelled if look is not None else None)
     code = _code(recipe, states)
     following = what_next(recipe, states, queue)
     if args.json:
@@ -49,11 +50,11 @@ def main(args: argparse.Namespace) -> int:
     return code
 
 
-def _queue(recipe: Recipe) -> tuple[dict[str, QueuedJob] | None, str | None]:
+def _look(recipe: Recipe) -> tuple[slurm_jobs.Look | None, str | None]:
     if recipe.values["launcher"]["kind"] != "slurm":
         return None, None
     try:
-        return slurm_jobs.queue(recipe, patience_s=5.0), None
+        return slurm_jobs.look(recipe, patience_s=5.0), None
     except slurm.SlurmError as error:
         return None, f"the queue cannot be read ({error}); this is what the disk says."
 

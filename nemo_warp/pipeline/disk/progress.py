@@ -57,7 +57,7 @@ def measure(recipe: Recipe, state: StageState) -> Progress:
 
 def _total(recipe: Recipe, stage: Stage) -> int | None:
     if stage.kind == MEMBER:
-        return recipe.total_steps(stage.iteration)
+        return recipe.total_steps(stage.iteration, stage.member)
     if stage.kind == FRONT:
         return len(recipe.values["front"]["kappas"])
     return recipe.num_points(stage.iteration) if stage.kind == EVALUATION else None

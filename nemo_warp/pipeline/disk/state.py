@@ -8,7 +8,7 @@ from enum import Enum
 from typing import Any
 
 from nemo_warp import exit_codes
-from nemo_warp.pipeline.disk import attempts, locks
+from nemo_warp.pipeline.disk import attempts, cancelled, locks
 from nemo_warp.pipeline.disk.request import Request, build_request, read_request
 from nemo_warp.pipeline.recipe.load import Recipe
 from nemo_warp.pipeline.recipe.paths import StagePaths
@@ -54,21 +54,31 @@ class StageState:
     job: QueuedJob | None = None
 
 
-def inspect(recipe: Recipe, queue: Mapping[str, QueuedJob] | None = None) -> dict[str, StageState]:
+def inspect(
+    recipe: Recipe,
+    queue: Mapping[str, QueuedJob] | None = None,
+    cancelled_jobs: Mapping[str, str] | None = None,
+) -> dict[str, StageState]:
     """The state of every stage by name, in the plan's order.
 
     Args:
         recipe: of an existing run directory.
         queue: this run's jobs by stage name; None for the local launcher.
+        cancelled_jobs: ids of jobs by stage name that Slurm remembers as cancelled.
     """
     states: dict[str, StageState] = {}
     for stage in recipe.stages:
-        states[stage.name] = _inspect_stage(recipe, stage, states, (queue or {}).get(stage.name))
+        job, seen = (queue or {}).get(stage.name), (cancelled_jobs or {}).get(stage.name)
+        states[stage.name] = _inspect_stage(recipe, stage, states, job, seen)
     return states
 
 
 def _inspect_stage(
-    recipe: Recipe, stage: Stage, before: dict[str, StageState], job: QueuedJob | None
+    recipe: Recipe,
+    stage: Stage,
+    before: dict[str, StageState],
+    job: QueuedJob | None,
+    cancelled_job: str | None,
 ) -> StageState:
     paths = recipe.paths.stage(stage.name)
     missing = [name for name in stage.needs if before[name].status is not Status.DONE]
@@ -83,6 +93,9 @@ def _inspect_stage(
         return StageState(stage, Status.RUNNING if job.running else Status.QUEUED, job.reason, job)
     if locks.is_held(paths.lock):
         return StageState(stage, Status.RUNNING)
+    cancelled_job = cancelled.standing(paths, cancelled_job)
+    if cancelled_job is not None:
+        return StageState(stage, Status.FAILED, f"its job {cancelled_job} was cancelled")
     if missing:
         return _waiting(stage, missing, before)
     stuck = attempts.failure(paths, recipe.values["retries"]["without_progress"])

@@ -7,24 +7,28 @@ sees from their locks that they run.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
+from typing import Any, Protocol
 
 from nemo_warp import exit_codes
-from nemo_warp.pipeline.disk.attempts import list_attempts
+from nemo_warp.pipeline.disk.attempts import Attempt, list_attempts
 from nemo_warp.pipeline.disk.state import StageState, Status, exit_code, inspect
 from nemo_warp.pipeline.launch.steps import checkout
 from nemo_warp.pipeline.recipe.load import Recipe
 
 _POLL_S = 0.1
 _LOOK_AGAIN_S = 2.0
+_REPEAT_SIGNAL_S = 5.0
 
 
 class View(Protocol):
@@ -49,9 +53,10 @@ class LocalDriver:
     def __init__(self, recipe: Recipe, live: View) -> None:
         self._recipe, self._live = recipe, live
         self._tasks: dict[str, subprocess.Popen] = {}
-        self._slots: dict[str, int] = {}
+        self._devices: dict[str, str] = {}
         self._tries: dict[str, int] = {}
         self._interrupted = False
+        self._next_signal = 0.0
         self._refused: set[str] = set()
 
     def run(self) -> int:
@@ -61,27 +66,46 @@ class LocalDriver:
         while True:
             states = inspect(self._recipe)
             self._live.show(states)
-            stopping = self._interrupted or self._recipe.paths.stop.exists()
-            if not stopping:
+            if not self._stopping():
                 self._launch(states)
             running = [s for s in states.values() if s.status is Status.RUNNING]
             if not self._tasks and not running:
-                if stopping:
+                if self._stopping():
                     return exit_codes.STOPPED_RESUMABLE
                 if not self._startable(states):
                     return exit_codes.FAILED if self._refused else exit_code(states)
             self._wait(states)
 
     def _interrupt(self, _number: int, _frame: FrameType | None) -> None:
+        """Only a flag: a task may be about to start, which must be told as well."""
         self._interrupted = True
+
+    def _stopping(self) -> bool:
+        return self._interrupted or self._recipe.paths.stop.exists()
+
+    def _tell(self, states: Mapping[str, StageState]) -> None:
+        """SIGTERM to every task, also to those a killed driver left, until all have ended."""
+        if not self._interrupted or time.monotonic() < self._next_signal:
+            return
+        self._next_signal = time.monotonic() + _REPEAT_SIGNAL_S
         for task in self._tasks.values():
             task.send_signal(signal.SIGTERM)
+        others = [n for n, s in states.items() if s.status is Status.RUNNING]
+        for name in set(others) - set(self._tasks):
+            pid = _supervisor(list_attempts(self._recipe.paths.stage(name)))
+            if pid is not None:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGTERM)
 
     def _launch(self, states: dict[str, StageState]) -> None:
         busy = {n for n, s in states.items() if s.status is Status.RUNNING} | set(self._tasks)
         free = self._recipe.values["launcher"]["side_by_side"] - len(busy)
         for name in [n for n in self._startable(states) if n not in busy][: max(0, free)]:
-            self._start(name)
+            devices = self._free_devices(busy)
+            if self._stopping() or devices is None:
+                return
+            self._start(name, devices)
+            busy.add(name)
 
     def _startable(self, states: dict[str, StageState]) -> list[str]:
         ready = [name for name, state in states.items() if state.status is Status.READY]
@@ -89,7 +113,22 @@ class LocalDriver:
         ready.sort(key=lambda name: name.endswith("/evaluation"))
         return [name for name in ready if name not in self._refused]
 
-    def _start(self, name: str) -> None:
+    def _free_devices(self, busy: set[str]) -> str | None:
+        """The GPUs of a share nobody uses; empty without GPUs, None if all are in use.
+
+        What tasks of a killed driver use is in their attempts.
+        """
+        shares = device_shares(self._recipe.values["launcher"])
+        if not shares:
+            return ""
+        taken: set[str] = set()
+        for name in busy:
+            attempt = list_attempts(self._recipe.paths.stage(name))[-1:]
+            recorded = attempt[0].record.get("devices") if attempt else None
+            taken |= set((self._devices.get(name) or recorded or "").split(","))
+        return next((share for share in shares if not taken & set(share.split(","))), None)
+
+    def _start(self, name: str, devices: str) -> None:
         """One task in a session of its own: Ctrl-C reaches this driver, which tells its tasks."""
         words = [
             sys.executable,
@@ -101,34 +140,25 @@ class LocalDriver:
         logs = self._recipe.paths.task_log(name)
         logs.parent.mkdir(exist_ok=True)
         self._tries[name] = len(list_attempts(self._recipe.paths.stage(name)))
-        slots = set(range(self._recipe.values["launcher"]["side_by_side"]))
-        self._slots[name] = min(slots - set(self._slots.values()), default=0)
+        self._devices[name] = devices
+        visible = {"CUDA_VISIBLE_DEVICES": devices} if devices else {}
         with logs.open("ab") as output:
             self._tasks[name] = subprocess.Popen(
                 words,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **self._devices(name)},
+                env={**os.environ, **visible},
                 cwd=checkout(),
                 start_new_session=True,
             )
 
-    def _devices(self, name: str) -> dict[str, str]:
-        """The GPUs of the task's slot."""
-        launcher = self._recipe.values["launcher"]
-        if not launcher["gpus"]:
-            return {}
-        share = max(1, len(launcher["gpus"]) // launcher["side_by_side"])
-        first = self._slots[name] * share
-        chosen = launcher["gpus"][first : first + share]
-        return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, chosen))}
-
     def _ended(self, name: str, code: int) -> None:
         """One that ended before it could make an attempt would do the same again: not repeated."""
-        del self._slots[name]
+        del self._devices[name]
         made = len(list_attempts(self._recipe.paths.stage(name))) > self._tries[name]
-        if code not in (exit_codes.DONE, exit_codes.IN_PROGRESS) and not made:
+        quiet = (exit_codes.DONE, exit_codes.IN_PROGRESS)
+        if code not in quiet and not made and not self._interrupted:
             self._refused.add(name)
             self._live.refused(name, self._recipe.paths.task_log(name))
         elif code:
@@ -143,5 +173,20 @@ class LocalDriver:
                 self._ended(name, self._tasks.pop(name).returncode)
             if ended:
                 return
+            self._tell(states)
             self._live.tick(states)
             time.sleep(_POLL_S)
+
+
+def device_shares(launcher: Mapping[str, Any]) -> list[str]:
+    """``launcher.gpus`` in as many parts as stages run side by side: ``["0,1", "2,3"]``."""
+    gpus, parts = launcher["gpus"], launcher["side_by_side"]
+    bounds = [len(gpus) * part // parts for part in range(parts + 1)]
+    shares = [gpus[begin:end] for begin, end in itertools.pairwise(bounds)]
+    return [",".join(map(str, share)) for share in shares if share]
+
+
+def _supervisor(tries: list[Attempt]) -> int | None:
+    """Process id of the task of a running stage, if it runs on this machine."""
+    here = tries and tries[-1].exit is None and tries[-1].record.get("host") == socket.gethostname()
+    return tries[-1].record.get("pid") if here else None

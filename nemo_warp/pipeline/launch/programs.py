@@ -74,7 +74,7 @@ def programs(
     paths = recipe.paths.stage(stage.name)
     if custom is not None:
         fill = {"directory": paths.directory, "config": paths.config, "run": recipe.paths.root}
-        words = [str(w).format(python=allocation.python, **fill) for w in custom]
+        words = [_filled(str(word), python=allocation.python, **fill) for word in custom]
         return [Step(stage.kind, (*words, *_endpoints(request, directory)), allocation.hosts[:1])]
     if request.commands:
         return [
@@ -87,7 +87,17 @@ def programs(
     trainer = request.config["trainer"]
     hosts = allocation.hosts[: trainer["num_nodes"]]
     exit_file = directory / f"{stage.kind}.exit"
-    return [Step(stage.kind, words, hosts, trainer["devices"], True, exit_file=exit_file)]
+    # TensorRT-LLM builds its engine shard by shard: MPI's rank must be torch's.
+    mpi = request.config["rollout"]["trt_llm"]["enable"]
+    return [Step(stage.kind, words, hosts, trainer["devices"], True, mpi, exit_file=exit_file)]
+
+
+def _filled(word: str, **values: Any) -> str:
+    try:
+        return word.format(**values)
+    except (KeyError, IndexError, ValueError) as error:
+        known = ", ".join(f"{{{name}}}" for name in values)
+        raise ValueError(f"commands: {word!r} holds {error}; known are {known}") from error
 
 
 def _command_key(stage: Stage) -> str:

@@ -1,9 +1,9 @@
 """One round of the Slurm driver: look at plan, disk and queue; submit what is missing; end.
 
-A round submits the members of one iteration (those that are missing, as one array), its merge, its
-evaluation, and the next round's driver, which starts when the merge has ended in whatever way. It
-may be repeated at any moment, by two people at once: what is done or queued is never submitted
-again.
+A round submits the next round's driver, which starts when this one's merge has ended in whatever
+way, the members of one iteration (those that are missing, as one array), its merge and its
+evaluation. It may be repeated at any moment, by two people at once: what is done or queued is never
+submitted again, and what somebody cancelled not before ``resume``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import shlex
 from collections.abc import Callable, Iterator
 
 from nemo_warp import exit_codes
-from nemo_warp.pipeline.disk import locks
+from nemo_warp.pipeline.disk import cancelled, locks
 from nemo_warp.pipeline.disk.attempts import list_attempts, progress
 from nemo_warp.pipeline.disk.state import QueuedJob, StageState, Status, exit_code, inspect
 from nemo_warp.pipeline.launch import slurm, slurm_jobs
@@ -42,9 +42,13 @@ def run_round(recipe: Recipe, say: Callable[[str], None] = print) -> int:
 
 
 def _run_round(recipe: Recipe, say: Callable[[str], None]) -> int:
-    queue = slurm_jobs.queue(recipe)
-    _cancel_hopeless(queue, say)
-    states = inspect(recipe, queue)
+    slurm_jobs.keep_tag(recipe)
+    look = slurm_jobs.look(recipe)
+    _cancel_hopeless(look.active, say)
+    for name, job in look.cancelled.items():
+        if name != slurm_jobs.DRIVER:
+            cancelled.note(recipe.paths.stage(name), job)
+    states = inspect(recipe, look.active)
     code = exit_code(states)
     if code == exit_codes.DONE:
         return code
@@ -54,25 +58,78 @@ def _run_round(recipe: Recipe, say: Callable[[str], None]) -> int:
     for state in states.values():
         if state.status is Status.FAILED:
             say(f"{state.stage.name} has failed: {state.reason}")
+    if _too_idle(recipe, states, look.active, say):
+        return exit_codes.FAILED
+    recipe.paths.slurm_logs.mkdir(exist_ok=True)
 
     def submit(words: list[str]) -> str:
-        job = slurm.submit(words)
-        say(f"{job}: {shlex.join(words)}")
-        return job
+        answer = slurm.submit(words, look.ids) if words[0] == "sbatch" else slurm.ask(words)
+        look.ids.add(answer)
+        say(f"{answer}: {shlex.join(words)}" if answer else shlex.join(words))
+        return answer
 
+    follower = look.active.get(slurm_jobs.DRIVER)
+    jobs, refused = submit_round(recipe, states, submit, follower is not None)
+    if refused is not None and not jobs:
+        raise refused
+    if refused is not None:
+        say(f"not submitted: {refused}; tried again by the next round")
+    return exit_codes.IN_PROGRESS if jobs else exit_codes.FAILED
+
+
+def _too_idle(
+    recipe: Recipe,
+    states: dict[str, StageState],
+    queue: dict[str, QueuedJob],
+    say: Callable[[str], None],
+) -> bool:
+    """Whether rounds go by in which nothing begins; leaves word for the next driver."""
     mark, idle = _mark(recipe, states), 0
     before, _, count = os.environ.get(_MARK_VARIABLE, "").partition(":")
     if before == mark and not queue:
         idle = int(count) + 1
-    if idle >= _MAX_IDLE_ROUNDS:
-        say(f"{idle} rounds in which no stage began: see {recipe.paths.slurm_logs}")
-        return exit_codes.FAILED
     os.environ[_MARK_VARIABLE] = f"{mark}:{idle}"
-    recipe.paths.slurm_logs.mkdir(exist_ok=True)
-    jobs = submit_missing(recipe, states, submit)
-    if jobs and slurm_jobs.DRIVER not in queue:
-        submit(slurm_jobs.sbatch_driver(recipe, driver_waits_for(recipe, jobs)))
-    return exit_codes.IN_PROGRESS if jobs else exit_codes.FAILED
+    if idle < _MAX_IDLE_ROUNDS:
+        return False
+    say(f"{idle} rounds in which no stage began: see {recipe.paths.slurm_logs}")
+    return True
+
+
+def submit_round(
+    recipe: Recipe, states: dict[str, StageState], submit: Submit, followed: bool = False
+) -> tuple[dict[str, str], slurm.SlurmError | None]:
+    """Submit what this round can, and first of all the driver of the next one.
+
+    Whatever refuses a job (a limit on their number, memory that no node has) may do so half-way.
+    A driver that waits in the queue already follows what was taken; if this process dies, it
+    begins in an hour. One that is refused leaves nothing behind.
+
+    Args:
+        recipe: under Slurm.
+        states: with the jobs that are in the queue.
+        submit: runs an ``sbatch`` line and returns the job's id, or a ``scontrol`` line.
+        followed: a driver is in the queue.
+
+    Returns:
+        Stage name -> job id of all that is in the queue now; the refusal that came up.
+
+    Raises:
+        SlurmError: the driver was refused; nothing was submitted.
+    """
+    jobs = {name: state.job.job_id for name, state in states.items() if state.job is not None}
+    if not submit_missing(recipe, states, dict(jobs), lambda _words: "0"):
+        return jobs, None
+    driver = None if followed else submit(slurm_jobs.sbatch_driver(recipe))
+    refused = None
+    try:
+        submit_missing(recipe, states, jobs, submit)
+    except slurm.SlurmError as error:
+        refused = error
+    if driver is not None and jobs:
+        submit(slurm_jobs.follow(driver, driver_waits_for(recipe, jobs)))
+    elif driver is not None:
+        slurm.cancel([driver])
+    return jobs, refused
 
 
 def _mark(recipe: Recipe, states: dict[str, StageState]) -> str:
@@ -82,13 +139,20 @@ def _mark(recipe: Recipe, states: dict[str, StageState]) -> str:
     return config_hash({"facts": facts})[:16]
 
 
-def submit_missing(recipe: Recipe, states: dict[str, StageState], submit: Submit) -> dict[str, str]:
+def submit_missing(
+    recipe: Recipe, states: dict[str, StageState], jobs: dict[str, str], submit: Submit
+) -> dict[str, str]:
     """Submit every stage of this round that is neither done nor queued nor failed.
 
+    Args:
+        recipe: under Slurm.
+        states: of all stages.
+        jobs: stage name -> job id of all that is queued or running; added to.
+        submit: runs an ``sbatch`` line.
+
     Returns:
-        Stage name -> job id of all that is queued or running now.
+        ``jobs``.
     """
-    jobs = {name: state.job.job_id for name, state in states.items() if state.job is not None}
     for stages in _groups(recipe, states):
         missing = [s for s in stages if _is_missing(s, states, jobs)]
         if missing:
@@ -107,7 +171,15 @@ def _groups(recipe: Recipe, states: dict[str, StageState]) -> Iterator[list[Stag
     )
     chosen = [s for s in recipe.stages if s.iteration <= now and not _at_the_end(s, now, last)]
     for _, stages in itertools.groupby(chosen, key=lambda s: (s.iteration, s.kind)):
-        yield list(stages)
+        yield from _alike(recipe, list(stages))
+
+
+def _alike(recipe: Recipe, stages: list[Stage]) -> Iterator[list[Stage]]:
+    """The tasks of one array ask for the same: members that need more nodes are another array."""
+    shapes: dict[slurm_jobs.JobShape, list[Stage]] = {}
+    for stage in stages:
+        shapes.setdefault(slurm_jobs.stage_shape(recipe, stage), []).append(stage)
+    yield from shapes.values()
 
 
 def _at_the_end(stage: Stage, now: int, last: int) -> bool:
@@ -130,7 +202,7 @@ def driver_waits_for(recipe: Recipe, jobs: dict[str, str]) -> list[str]:
 def _cancel_hopeless(queue: dict[str, QueuedJob], say: Callable[[str], None]) -> None:
     """Jobs whose dependency can never be satisfied would wait for ever: remove them."""
     for name, job in list(queue.items()):
-        if job.reason == "DependencyNeverSatisfied":
+        if job.reason == slurm_jobs.NEVER_SATISFIED:
             say(f"cancelling {job.job_id} ({name}): its dependency failed")
             slurm.cancel([job.job_id])
             del queue[name]

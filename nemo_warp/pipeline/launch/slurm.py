@@ -7,53 +7,96 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from enum import Enum
+
+from nemo_warp.pipeline.launch import environment
 
 PATIENCE_S = 600.0
 """How long a controller that does not answer (restarting, overloaded) is asked again."""
+_BEFORE_SIGKILL_S = 3.0
+"""What may be spent on a question between SIGTERM and SIGKILL (KillWait, 30 s by default)."""
 
 
 class SlurmError(Exception):
     """Slurm refused a command or does not answer."""
 
 
-def in_job() -> bool:
-    """Whether this process is the batch script of a job."""
-    return "SLURM_JOB_ID" in os.environ
+class Ended(Enum):
+    """Why Slurm ends a job."""
+
+    CANCELLED = "cancelled"
+    REQUEUED = "requeued"
+    """Preempted, or requeued by hand: Slurm starts it again by itself."""
+    TIME_LIMIT = "at its time limit"
+    UNKNOWN = "ended by Slurm"
 
 
-def own_job_id() -> str:
-    """Id that means this job or this array task only.
+def own_job_id(name: str) -> str | None:
+    """Id of the job called ``name`` if this process is in it; of the array task, in an array.
 
-    ``SLURM_JOB_ID`` of an array's last task is the id of the whole array: requeueing it would
-    take the healthy siblings along.
+    A process may well be in somebody else's job: a driver started by hand in an interactive
+    allocation is. ``SLURM_JOB_ID`` of an array's last task is the id of the whole array: requeueing
+    it would take the healthy siblings along.
     """
+    if "SLURM_JOB_ID" not in os.environ or os.environ.get("SLURM_JOB_NAME") != name:
+        return None
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     return os.environ["SLURM_JOB_ID"]
 
 
-def requeue_this_job() -> None:
+def requeue_this_job(job: str) -> None:
     """Requeue this job before it ends, then wait for Slurm to end this process.
 
     Returns when the controller will not (the job is being cancelled, or may not be requeued).
     """
     try:
-        ask(["scontrol", "requeue", own_job_id()])
+        ask(["scontrol", "requeue", job])
     except SlurmError as error:
         print(f"cannot be requeued: {error}", flush=True)
         return
     time.sleep(300)
 
 
-def submit(words: Sequence[str]) -> str:
+def why_ended(job: str) -> Ended:
+    """Why this job got SIGTERM; ask before SIGKILL follows.
+
+    Measured on 22.05: a job is COMPLETING by then, whatever the reason. At its time limit it has
+    the reason ``TimeLimit``; one that Slurm has requeued counts one restart more than this process
+    was told of.
+    """
+    words = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={job}"]
+    words += ["--Format=reason:40,restartcnt:10"]
+    try:
+        lines = ask(words, _BEFORE_SIGKILL_S).splitlines()
+        reason, restarts = lines[0].rsplit(maxsplit=1)
+        again = int(restarts) > int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    except (SlurmError, IndexError, ValueError):
+        return Ended.UNKNOWN
+    if again:
+        return Ended.REQUEUED
+    return Ended.TIME_LIMIT if reason.strip() == "TimeLimit" else Ended.CANCELLED
+
+
+def submit(words: Sequence[str], known: Collection[str] = ()) -> str:
     """Submit; returns the job id.
+
+    Args:
+        words: the ``sbatch`` line, with its ``--job-name=``.
+        known: ids of the jobs of that name from before: when sbatch's answer is lost, a job that
+            is not among them is the one just submitted.
 
     Raises:
         SlurmError: refused.
     """
-    return ask(words).strip().split(";")[0]
+    name = next(w.removeprefix("--job-name=") for w in words if w.startswith("--job-name="))
+    return ask(words, lost=lambda: _appeared(name, known)).strip().split(";")[0]
+
+
+def _appeared(name: str, known: Collection[str]) -> str:
+    query = ["squeue", "--noheader", "--states=all", f"--name={name}", "--format=%F"]
+    return next((job for job in ask(query).split() if job not in known), "")
 
 
 def cancel(job_ids: Sequence[str]) -> None:
@@ -62,8 +105,15 @@ def cancel(job_ids: Sequence[str]) -> None:
         ask(["scancel", "--quiet", *job_ids])
 
 
-def ask(words: Sequence[str], patience_s: float = PATIENCE_S) -> str:
+def ask(
+    words: Sequence[str], patience_s: float = PATIENCE_S, lost: Callable[[], str] | None = None
+) -> str:
     """Run a Slurm command and return what it prints; asks again while the controller is away.
+
+    Args:
+        words: the command line.
+        patience_s: how long to ask again.
+        lost: called before asking again; what it returns, unless empty, is the answer.
 
     Raises:
         SlurmError: it refused, is not installed, or did not answer for minutes.
@@ -72,7 +122,7 @@ def ask(words: Sequence[str], patience_s: float = PATIENCE_S) -> str:
     while True:
         try:
             result = subprocess.run(
-                words, capture_output=True, text=True, check=False, env=_clean_environment(words)
+                words, capture_output=True, text=True, check=False, env=environment.for_slurm()
             )
         except FileNotFoundError:
             raise SlurmError(f"{words[0]} is not installed here; run this where Slurm is") from None
@@ -84,17 +134,12 @@ def ask(words: Sequence[str], patience_s: float = PATIENCE_S) -> str:
         print(f"{words[0]}: {message}; asking again", file=sys.stderr, flush=True)
         time.sleep(pause)
         pause = min(2 * pause, 30.0)
+        found = lost() if lost is not None else ""
+        if found:
+            return found
 
 
 def _controller_away(message: str) -> bool:
     signs = ("Unable to contact", "Socket timed out", "Connection refused", "slurm_load_jobs",
              "Zero Bytes were transmitted", "Communication connection failure")  # fmt: skip
     return any(sign in message for sign in signs) and "Invalid job id" not in message
-
-
-def _clean_environment(words: Sequence[str]) -> dict[str, Any]:
-    """Without this job's own limits, which a job submitted from here would inherit."""
-    if words[0] != "sbatch":
-        return dict(os.environ)
-    kept = ("SLURM_CONF", "SLURM_CONF_SERVER")
-    return {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k in kept}

@@ -1,8 +1,8 @@
 """A run's Slurm jobs: their names, what they ask for, which of them are in the queue.
 
 No job id is kept. Jobs are found again by name: ``warp-<run>-i02-member`` where ``<run>`` is the
-recipe's name and a hash of the run directory; the tasks of a member array have the member's number
-as index.
+recipe's name and a hash of the run directory's first path; the tasks of a member array have the
+member's number as index.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nemo_warp.pipeline.disk.state import QueuedJob
 from nemo_warp.pipeline.launch import slurm
@@ -18,8 +18,29 @@ from nemo_warp.pipeline.launch.programs import node_counts
 from nemo_warp.pipeline.launch.steps import checkout, gpu_options
 from nemo_warp.pipeline.recipe.load import Recipe
 from nemo_warp.pipeline.recipe.plan import EVALUATION, FINAL, FRONT, MEMBER, MERGE, REPORT, Stage
+from nemo_warp.records import write_text_atomically
 
 DRIVER = "driver"
+OWN_LAUNCHER = "launcher.kind=slurm"
+"""Every job is told how it was submitted, whatever the stored recipe says by then."""
+
+_OVER = frozenset(
+    {
+        "BOOT_FAIL",
+        "CANCELLED",
+        "COMPLETED",
+        "DEADLINE",
+        "FAILED",
+        "NODE_FAIL",
+        "OUT_OF_MEMORY",
+        "PREEMPTED",
+        "REVOKED",
+        "TIMEOUT",
+    }
+)
+"""States of jobs that Slurm still remembers (for MinJobAge), but will do nothing more with."""
+NEVER_SATISFIED = "DependencyNeverSatisfied"
+"""Reason of a job that waits in vain, and of one that Slurm removed for that."""
 
 _RESOURCES = {
     MEMBER: "member",
@@ -42,52 +63,106 @@ class JobShape:
     options: tuple[str, ...]
 
 
+@dataclass
+class Look:
+    """What Slurm knows of a run's jobs.
+
+    Attributes:
+        active: pending and running jobs by stage name (``driver`` for the driver's).
+        cancelled: id of a job by stage name that was cancelled, by whomever.
+        ids: of all of them, and of those that are over and still remembered.
+    """
+
+    active: dict[str, QueuedJob] = field(default_factory=dict)
+    cancelled: dict[str, str] = field(default_factory=dict)
+    ids: set[str] = field(default_factory=set)
+
+    def cancelled_jobs(self, stage: str) -> list[str]:
+        """The job of ``stage`` that was cancelled, if one was."""
+        return [self.cancelled[stage]] if stage in self.cancelled else []
+
+
 def run_tag(recipe: Recipe) -> str:
     """Tells this run's jobs from any other's, also after the recipe was renamed."""
-    digest = hashlib.sha256(str(recipe.paths.root.resolve()).encode()).hexdigest()
-    return f"{recipe.name}-{digest[:8]}"
+    try:
+        return recipe.paths.tag.read_text().strip()
+    except FileNotFoundError:
+        digest = hashlib.sha256(str(recipe.paths.root.resolve()).encode()).hexdigest()
+        return f"{recipe.name}-{digest[:8]}"
+
+
+def keep_tag(recipe: Recipe) -> None:
+    """Store `run_tag` before the first job is called by it; the driver lock must be held."""
+    if not recipe.paths.tag.exists():
+        write_text_atomically(recipe.paths.tag, run_tag(recipe) + "\n")
 
 
 def job_name(recipe: Recipe, kind: str, iteration: int = 0) -> str:
     """Name of the job that runs the stages of a kind in an iteration."""
+    return _job_name(run_tag(recipe), kind, iteration)
+
+
+def _job_name(tag: str, kind: str, iteration: int) -> str:
     middle = f"-i{iteration:02d}" if iteration else ""
-    return f"warp-{run_tag(recipe)}{middle}-{kind}"
+    return f"warp-{tag}{middle}-{kind}"
+
+
+def own_job(recipe: Recipe, stage: Stage) -> str | None:
+    """Id of the job this process is in, if the driver submitted that for ``stage``.
+
+    Only then are decisions the Slurm launcher's: which nodes to use, whether to requeue.
+    """
+    if recipe.values["launcher"]["kind"] != "slurm":
+        return None
+    return slurm.own_job_id(job_name(recipe, stage.kind, stage.iteration))
 
 
 def queue(recipe: Recipe, patience_s: float = slurm.PATIENCE_S) -> dict[str, QueuedJob]:
-    """This run's jobs by stage name (``driver`` for the driver's), pending and running.
+    """This run's pending and running jobs by stage name (``driver`` for the driver's).
 
     Raises:
         SlurmError: the controller does not answer; never take that for an empty queue.
     """
-    stages: dict[tuple[str, int], str] = {(job_name(recipe, DRIVER), 0): DRIVER}
+    return look(recipe, patience_s).active
+
+
+def look(recipe: Recipe, patience_s: float = slurm.PATIENCE_S) -> Look:
+    """All of this run's jobs that Slurm knows, but for the one this process is in.
+
+    Raises:
+        SlurmError: the controller does not answer; never take that for an empty queue.
+    """
+    tag = run_tag(recipe)
+    stages: dict[tuple[str, int], str] = {(_job_name(tag, DRIVER, 0), 0): DRIVER}
     for stage in recipe.stages:
-        name = job_name(recipe, stage.kind, stage.iteration)
-        stages[name, stage.member] = stage.name
+        stages[_job_name(tag, stage.kind, stage.iteration), stage.member] = stage.name
     names = ",".join(sorted({name for name, _ in stages}))
-    lines = slurm.ask(
-        ["squeue", "--noheader", "--array", f"--name={names}", "--format=%j|%F|%K|%T|%r"],
-        patience_s,
-    )
-    jobs: dict[str, QueuedJob] = {}
-    for line in lines.splitlines():
+    words = ["squeue", "--noheader", "--array", "--states=all", f"--name={names}"]
+    found = Look()
+    for line in slurm.ask([*words, "--format=%j|%F|%K|%T|%r"], patience_s).splitlines():
         name, job, index, state, reason = line.split("|", 4)
         member = int(index) if index.isdigit() else 0
+        found.ids.add(job)
+        # Somebody else's jobs of these names, and this one's own, are not the run's.
+        stage_name = stages.get((name, member))
+        if stage_name is None or job == slurm.own_job_id(name):
+            continue
         job_id = f"{job}_{member}" if member else job
-        found = QueuedJob(job_id, state, "" if reason == "None" else reason)
-        own = slurm.in_job() and job == os.environ["SLURM_JOB_ID"]
-        if (name, member) in stages and not own:
-            jobs[stages[name, member]] = found
-    return jobs
+        if state not in _OVER:
+            known = QueuedJob(job_id, state, "" if reason == "None" else reason)
+            found.active[stage_name] = known
+        elif state == "CANCELLED" and reason != NEVER_SATISFIED:
+            found.cancelled[stage_name] = job_id
+    return found
 
 
-def job_shape(recipe: Recipe, kind: str) -> JobShape:
-    """Nodes, GPUs, time and options of the jobs of a kind; members of all iterations alike."""
+def job_shape(recipe: Recipe, kind: str, iteration: int = 0, member: int = 0) -> JobShape:
+    """Nodes, GPUs, time and options of a job of a kind.
+
+    Args:
+        iteration, member: whose; 0 is the largest of all.
+    """
     cluster, wanted = recipe.cluster, recipe.values["resources"][_RESOURCES[kind]]
-    nodes = 1
-    if kind in (MEMBER, EVALUATION, FRONT):
-        counts = [0] if kind != MEMBER else range(1, recipe.values["members"] + 1)
-        nodes = max(_nodes(recipe, member, kind) for member in counts)
     gpus = wanted["gpus_per_node"]
     gpus = cluster["gpus_per_node"] if gpus is None else gpus
     options = gpu_options(cluster, gpus) if gpus else []
@@ -97,24 +172,40 @@ def job_shape(recipe: Recipe, kind: str) -> JobShape:
     options += [f"--cpus-per-task={cpus}"] if cpus else []
     options += [f"--mem={memory}"] if memory is not None else []
     options += ["--exclusive"] if cluster["exclusive"] and _RESOURCES[kind] != "driver" else []
-    time_limit = str(wanted["time"])
+    time_limit, nodes = str(wanted["time"]), _nodes(recipe, kind, iteration, member)
     return JobShape(nodes, gpus, time_limit, (*options, *map(str, wanted["options"])))
 
 
-def _nodes(recipe: Recipe, member: int, kind: str) -> int:
-    if kind == MEMBER:
-        config = recipe.member_config(1, member)
-    else:
+def _nodes(recipe: Recipe, kind: str, iteration: int, member: int) -> int:
+    if kind in (EVALUATION, FRONT):
         config = {"trainer": recipe.evaluation_config()["trainer"]}
-    return sum(node_counts(config, recipe.rewards(member).values()))
+        return sum(node_counts(config, recipe.rewards().values()))
+    if kind != MEMBER:
+        return 1
+    # Without a table of their own all are alike: not 999 times 999 configurations.
+    tables = [recipe.values[key] or [None] for key in ("per_iteration", "per_member")]
+    iterations, members = (
+        [given] if given else range(1, len(table) + 1)
+        for given, table in zip((iteration, member), tables, strict=True)
+    )
+    return max(
+        sum(node_counts(recipe.member_config(i, m), recipe.rewards(m).values()))
+        for i in iterations
+        for m in members
+    )
+
+
+def stage_shape(recipe: Recipe, stage: Stage) -> JobShape:
+    """What the job of ``stage`` asks for."""
+    return job_shape(recipe, stage.kind, stage.iteration, stage.member)
 
 
 def sbatch_stage(
     recipe: Recipe, stages: Sequence[Stage], after: Sequence[str], dependency: str = "afterok"
 ) -> list[str]:
-    """The ``sbatch`` line for stages of one kind and iteration (several: a member array)."""
+    """The ``sbatch`` line for stages of one kind, iteration and shape (several: a member array)."""
     first = stages[0]
-    shape, cluster = job_shape(recipe, first.kind), recipe.cluster
+    shape, cluster = stage_shape(recipe, first), recipe.cluster
     words = _sbatch(recipe, first.kind, first.iteration, shape)
     name = first.name
     if first.kind == MEMBER:
@@ -125,17 +216,23 @@ def sbatch_stage(
         name = f"{name.rsplit('_', 1)[0]}_{{:02d}}"
     words += [f"--dependency={dependency}:{':'.join(after)}"] if after else []
     script = [str(checkout() / "slurm" / "task.sh"), cluster["python"]]
-    return [*words, *cluster["sbatch"], *script, str(recipe.paths.root), name]
+    return [*words, *cluster["sbatch"], *script, str(recipe.paths.root), name, OWN_LAUNCHER]
 
 
-def sbatch_driver(recipe: Recipe, after: Sequence[str]) -> list[str]:
-    """The ``sbatch`` line for the next round's driver; runs whatever became of ``after``."""
+def sbatch_driver(recipe: Recipe) -> list[str]:
+    """The ``sbatch`` line for the next round's driver, which begins in an hour (see `follow`)."""
     shape = job_shape(recipe, DRIVER)
     words = _sbatch(recipe, DRIVER, 0, shape, chdir=os.getcwd())
-    words += [f"--dependency=afterany:{':'.join(after)}"] if after else []
-    arguments = [word for word in recipe.arguments if word != "launcher.kind=slurm"]
+    words += ["--begin=now+1hour"]
+    arguments = [word for word in recipe.arguments if word != OWN_LAUNCHER]
     script = [str(checkout() / "slurm" / "warp_iter.sh"), *arguments]
     return [*words, *recipe.cluster["sbatch"], *script]
+
+
+def follow(driver: str, after: Sequence[str]) -> list[str]:
+    """The ``scontrol`` line that lets ``driver`` begin once ``after`` have ended, however."""
+    jobs = ":".join(after)
+    return ["scontrol", "update", f"JobId={driver}", "StartTime=now", f"Dependency=afterany:{jobs}"]
 
 
 def _sbatch(

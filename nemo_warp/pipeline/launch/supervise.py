@@ -15,8 +15,10 @@ from pathlib import Path
 from types import FrameType
 
 from nemo_warp import exit_codes
+from nemo_warp.pipeline.disk import cancelled
 from nemo_warp.pipeline.disk.request import Request
-from nemo_warp.pipeline.launch import programs
+from nemo_warp.pipeline.launch import programs, slurm
+from nemo_warp.pipeline.launch.slurm import Ended
 from nemo_warp.pipeline.launch.steps import Allocation, RunningStep, Step, stop_all
 from nemo_warp.pipeline.recipe.load import Recipe
 from nemo_warp.pipeline.recipe.plan import Stage
@@ -29,11 +31,17 @@ _SERVER_GRACE_S = 10.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an attempt ended; ``asked``: because a person wanted it to."""
+    """How an attempt ended.
+
+    Attributes:
+        asked: because a person wanted it to.
+        again: whether its job may requeue itself: not when Slurm is ending it anyway.
+    """
 
     exit_code: int
     reason: str
     asked: bool = False
+    again: bool = True
 
 
 class Supervisor:
@@ -52,6 +60,7 @@ class Supervisor:
         self._allocation, self._directory, self._lock = allocation, directory, lock
         self._servers: list[RunningStep] = []
         self._signal: signal.Signals | None = None
+        self._ended: Ended | None = None
         self._next_look = 0.0
 
     def run(self) -> Outcome:
@@ -77,6 +86,8 @@ class Supervisor:
                     return outcome
             programs.publish(self._recipe, self._stage, self._request)
             return Outcome(exit_codes.DONE, "done")
+        except OSError as error:  # a full disk, EIO: the next attempt may meet a better day
+            return Outcome(exit_codes.FAILED, f"{type(error).__name__}: {error}")
         finally:
             stop_all([*running, *self._servers], _SERVER_GRACE_S, time.sleep)
 
@@ -92,17 +103,37 @@ class Supervisor:
     def _asked(self) -> str | None:
         """Who wants this attempt to stop, or None."""
         if self._signal is not None:
-            return f"{self._signal.name} received"
+            self._ask_why()
+            why = f" (job {self._allocation.job} {self._ended.value})" if self._ended else ""
+            return f"{self._signal.name} received{why}"
         if time.monotonic() < self._next_look:  # once a second: it may be a shared file system
             return None
         self._next_look = time.monotonic() + _LOOK_S
         stop = self._recipe.paths.stop
         return f"{stop} exists" if stop.exists() else None
 
-    def _by_person(self) -> bool:
-        """Under Slurm SIGUSR1 (time limit) and SIGTERM (preemption) are nobody's wish."""
-        wishes = (signal.SIGINT,) if self._allocation.hosts else (signal.SIGINT, signal.SIGTERM)
-        return self._signal in wishes or self._recipe.paths.stop.exists()
+    def _ask_why(self) -> None:
+        """Slurm sends SIGTERM to cancel, to requeue, and at the time limit; SIGKILL follows soon.
+
+        That the job was cancelled is noted at once: there may be no time to when it has ended.
+        """
+        job = self._allocation.job
+        if self._signal is not signal.SIGTERM or not job or self._ended is not None:
+            return
+        self._ended = slurm.why_ended(job)
+        if self._ended is Ended.CANCELLED:
+            cancelled.note(self._recipe.paths.stage(self._stage.name), job)
+
+    def _stopped(self, reason: str) -> Outcome:
+        """The attempt ended because it was asked to.
+
+        Under Slurm SIGUSR1 (time limit) and most SIGTERMs are nobody's wish.
+        """
+        wishes = (signal.SIGINT,) if self._allocation.job else (signal.SIGINT, signal.SIGTERM)
+        asked = self._signal in wishes or self._recipe.paths.stop.exists()
+        asked = asked or self._ended is Ended.CANCELLED
+        again = self._ended in (None, Ended.TIME_LIMIT)
+        return Outcome(exit_codes.STOPPED_RESUMABLE, reason, asked, again)
 
     def _lost_server(self) -> Outcome | None:
         for server in self._servers:
@@ -121,7 +152,7 @@ class Supervisor:
             if lost is not None:
                 return lost
             if asked is not None:
-                return Outcome(exit_codes.STOPPED_RESUMABLE, asked, self._by_person())
+                return self._stopped(asked)
             if time.monotonic() > deadline:
                 late = [str(e) for e in endpoints if not e.exists()]
                 return Outcome(
@@ -156,7 +187,7 @@ class Supervisor:
             return Outcome(code, "done")
         if asked is not None:
             saved = "saved and stopped" if code == exit_codes.STOPPED_RESUMABLE else "stopped"
-            return Outcome(exit_codes.STOPPED_RESUMABLE, f"{saved}: {asked}", self._by_person())
+            return self._stopped(f"{saved}: {asked}")
         if lost is not None:
             return lost
         return Outcome(

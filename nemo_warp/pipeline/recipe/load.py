@@ -25,7 +25,12 @@ from nemo_warp.config import (
 from nemo_warp.pipeline.recipe import inputs
 from nemo_warp.pipeline.recipe.paths import RunPaths
 from nemo_warp.pipeline.recipe.plan import Stage, build_plan
-from nemo_warp.pipeline.recipe.validate import check_cluster, check_recipe, refuse_replaced
+from nemo_warp.pipeline.recipe.validate import (
+    check_cluster,
+    check_member,
+    check_recipe,
+    refuse_replaced,
+)
 from nemo_warp.records import RecordError
 from nemo_warp.schema import recipe as schema
 from nemo_warp.schema.check import check
@@ -128,9 +133,9 @@ class Recipe:
             return inputs.derive_seed(seeds[member - 1], iteration)
         return inputs.derive_seed(self.values["seed"], iteration, member)
 
-    def total_steps(self, iteration: int) -> int:
-        """T of ``iteration``."""
-        return self._resolved_member(iteration, 1)["run"]["total_steps"]
+    def total_steps(self, iteration: int, member: int = 1) -> int:
+        """T of a member of ``iteration``."""
+        return self._resolved_member(iteration, member)["run"]["total_steps"]
 
     def num_points(self, iteration: int) -> int:
         """Points of an iteration's evaluation: from its init, and from SFT if that is another."""
@@ -190,7 +195,12 @@ def load_recipe(source: Path, overrides: Sequence[str] = (), files_here: bool = 
     recipe = Recipe(values, RunPaths(Path(values["run_directory"])), (str(source), *overrides))
     for iteration in range(1, values["iterations"] + 1):
         for member in range(1, values["members"] + 1):
-            recipe._resolved_member(iteration, member)  # names unknown keys of the overrides
+            config = recipe._resolved_member(iteration, member)  # names unknown keys
+            try:
+                check_member(config, values)
+            except ValueError as error:
+                where = f"{file}: iteration {iteration}, member {member}"
+                raise ValueError(f"{where}: {error}") from None
     recipe.evaluation_config()
     if values["launcher"]["kind"] == "slurm":
         _ = recipe.cluster

@@ -44,21 +44,38 @@ class RunPaths:
         """Output of the batch scripts (the stages' own logs are in their attempts)."""
         return self.root / "slurm"
 
+    @property
+    def tag(self) -> Path:
+        """What this run's jobs are called, however a node names the run directory."""
+        return self.root / "locks" / "tag.txt"
+
     def task_log(self, name: str) -> Path:
         """Output of the local tasks of a stage (the program's own is in its attempts)."""
         return self.root / "local" / f"{name.replace('/', '.')}.txt"
 
     def stage(self, name: str) -> StagePaths:
         """The files of the stage ``name``, e.g. ``iteration_01/member_02``."""
-        return StagePaths(self.root / name, self.root / "locks" / f"{name.replace('/', '.')}.lock")
+        flat = name.replace("/", ".")
+        return StagePaths(
+            self.root / name,
+            self.root / "locks" / f"{flat}.lock",
+            self.root / "cancelled" / f"{flat}.json",
+        )
 
 
 @dataclass(frozen=True)
 class StagePaths:
-    """The files of one stage; the lock is outside the directory, which may be moved aside."""
+    """The files of one stage.
+
+    Attributes:
+        directory: everything else is below it.
+        lock: outside the directory, which may be moved aside.
+        cancelled: whether somebody cancelled its job, which may never have begun.
+    """
 
     directory: Path
     lock: Path
+    cancelled: Path
 
     @property
     def request(self) -> Path:

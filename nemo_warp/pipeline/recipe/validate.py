@@ -75,8 +75,8 @@ def check_recipe(values: dict[str, Any], source: str, files_here: bool = True) -
         _check_rewards(values)
         _check_tables(values)
         _check_rates(values)
-        _check_member(values["member"])
-        _check_one_machine(values)
+        check_member(values["member"], values)
+        _check_gpus(values["launcher"])
         _check_average(values)
         check_recipe_arguments(values["merge"]["arguments"], values["members"])
         if files_here:
@@ -158,14 +158,20 @@ def _seconds(time: str) -> float:
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds or math.inf
 
 
-def _check_member(member: dict[str, Any]) -> None:
-    """What would otherwise only be noticed on the nodes."""
+def check_member(member: dict[str, Any], values: dict[str, Any]) -> None:
+    """Raise ValueError for what would otherwise only be noticed on the nodes.
+
+    Args:
+        member: a member's configuration; those of other iterations and members may differ.
+        values: the recipe's.
+    """
     trainer, model = member["trainer"], member["model"]
     ranks = trainer["num_nodes"] * trainer["devices"]
     shards = model["tensor_model_parallel_size"] * model["pipeline_model_parallel_size"]
     _require(ranks % shards == 0, f"member.trainer has {trainer['num_nodes']} x "
              f"{trainer['devices']} ranks, which TP x PP = {shards} does not divide")  # fmt: skip
     check_signal(member["rollout"], member["algorithm"], "member.")
+    _check_one_machine(trainer, values["launcher"])
 
 
 def _check_average(values: dict[str, Any]) -> None:
@@ -180,12 +186,25 @@ def _check_average(values: dict[str, Any]) -> None:
              f"checkpoints of steps {kept}")  # fmt: skip
 
 
-def _check_one_machine(values: dict[str, Any]) -> None:
-    if values["launcher"]["kind"] == "slurm":
+def _check_gpus(launcher: dict[str, Any]) -> None:
+    gpus, stages = launcher["gpus"], launcher["side_by_side"]
+    _require(len(set(gpus)) == len(gpus), f"launcher.gpus is {gpus}, which repeats a device")
+    _require(not gpus or len(gpus) >= stages, f"launcher.gpus has {len(gpus)} devices for "
+             f"launcher.side_by_side = {stages} stages at a time: some would run without a GPU; "
+             f"use launcher.side_by_side={len(gpus)}")  # fmt: skip
+
+
+def _check_one_machine(trainer: dict[str, Any], launcher: dict[str, Any]) -> None:
+    if launcher["kind"] == "slurm":
         return
-    nodes = values["member"]["trainer"]["num_nodes"]
+    nodes = trainer["num_nodes"]
     _require(nodes == 1, f"member.trainer.num_nodes is {nodes}, but launcher.kind local is one "
              "machine; use launcher.kind=slurm")  # fmt: skip
+    gpus, stages = launcher["gpus"], launcher["side_by_side"]
+    share = len(gpus) // stages
+    _require(not gpus or trainer["accelerator"] == "cpu" or trainer["devices"] <= share,
+             f"member.trainer.devices is {trainer['devices']}, but of launcher.gpus = {gpus} each "
+             f"of {stages} stages at a time gets {share}")  # fmt: skip
 
 
 def check_files(values: dict[str, Any]) -> None:

@@ -1,0 +1,62 @@
+"""Stages whose Slurm job somebody cancelled: nothing brings them back but ``resume``.
+
+    cancelled/iteration_01.member_02.json   {"jobs": ["17_2"], "forgiven": ["12_2"]}
+
+Slurm remembers a cancelled job for minutes (MinJobAge); jobs that are named here are not taken for
+newly cancelled ones.
+"""
+
+from __future__ import annotations
+
+import json
+
+from nemo_warp.pipeline.recipe.paths import StagePaths
+from nemo_warp.records import RecordError, write_json_atomically
+
+
+def note(paths: StagePaths, job: str) -> None:
+    """Somebody cancelled ``job``, which was to make the stage; once forgiven, it stays so."""
+    record = _read(paths)
+    if job not in record["jobs"] + record["forgiven"]:
+        _write(paths, record["jobs"] + [job], record["forgiven"])
+
+
+def standing(paths: StagePaths, seen: str | None = None) -> str | None:
+    """The job that was cancelled, if nobody has said since that the stage shall go on.
+
+    Args:
+        paths: of the stage.
+        seen: a cancelled job of it that Slurm remembers, noted or not.
+    """
+    record = _read(paths)
+    if seen is not None and seen not in record["forgiven"]:
+        return seen
+    return record["jobs"][-1] if record["jobs"] else None
+
+
+def forgive(paths: StagePaths, *also: str) -> None:
+    """The stage may be made again; ``also``: cancelled jobs that were not noted."""
+    record = _read(paths)
+    if record["jobs"] or also:
+        _write(paths, [], sorted({*record["forgiven"], *record["jobs"], *also}))
+
+
+def withdraw(paths: StagePaths, job: str) -> None:
+    """Slurm has started ``job`` again: it was not cancelled after all."""
+    record = _read(paths)
+    if job in record["jobs"]:
+        _write(paths, [j for j in record["jobs"] if j != job], record["forgiven"])
+
+
+def _read(paths: StagePaths) -> dict[str, list[str]]:
+    try:
+        return {"jobs": [], "forgiven": [], **json.loads(paths.cancelled.read_text())}
+    except FileNotFoundError:
+        return {"jobs": [], "forgiven": []}
+    except ValueError as error:
+        raise RecordError(f"{paths.cancelled} cannot be read ({error}); remove it") from error
+
+
+def _write(paths: StagePaths, jobs: list[str], forgiven: list[str]) -> None:
+    paths.cancelled.parent.mkdir(exist_ok=True)
+    write_json_atomically(paths.cancelled, {"jobs": jobs, "forgiven": forgiven})
