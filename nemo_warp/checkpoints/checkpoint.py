@@ -19,6 +19,12 @@ from nemo_warp.checkpoints.containers.configuration import read_configuration
 from nemo_warp.checkpoints.containers.image import CheckpointImage, DtypeRule, FileImage
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.formats.rank_files import FILE, RankFileStore, rank_files
+from nemo_warp.checkpoints.formats.safetensors import (
+    SafetensorsStore,
+    goes_along,
+    is_safetensors,
+    read_hf_config,
+)
 from nemo_warp.checkpoints.formats.torch_dist import TorchDistStore
 from nemo_warp.checkpoints.formats.zarr import DESCRIPTION, ZarrStore
 from nemo_warp.checkpoints.logical import LogicalTensor
@@ -61,9 +67,9 @@ class Checkpoint:
     """A checkpoint on disk.
 
     Attributes:
-        format: ``torch_dist``, ``zarr``, ``ranks`` or ``single``.
+        format: ``torch_dist``, ``zarr``, ``ranks``, ``single`` or ``safetensors``.
         weights: folder of the weights inside the archive, '' for a bare weights directory.
-        config: parsed ``model_config.yaml``, {} without one.
+        config: parsed ``model_config.yaml`` (``config.json`` of safetensors), {} without one.
     """
 
     path: Path
@@ -85,16 +91,20 @@ class Checkpoint:
         weights = {f"{self.weights}/{name}" for name in covered} | {f.name for f in stored.files}
         others = []
         for name, record in self.archive.members.items():
-            if name not in weights and not self._is_bare:
+            if name not in weights and self._goes_along(name):
                 others.append(FileImage(name))
                 others[-1].append(record)
         files = [file for file in others + stored.files if file.name != PROVENANCE]
         return CheckpointImage(files, stored.tensors)
 
-    @property
-    def _is_bare(self) -> bool:
-        """Whether this is a weights folder alone, all of whose files are the store's."""
-        return not self.weights and self.format in ("torch_dist", "zarr")
+    def _goes_along(self, name: str) -> bool:
+        """Whether a file that is not the store's belongs to the checkpoint.
+
+        All files of a weights folder alone are the store's.
+        """
+        if self.format == "safetensors":
+            return goes_along(name)
+        return bool(self.weights) or self.format not in ("torch_dist", "zarr")
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -106,10 +116,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
     _refuse_unfinished(path)
     archive = open_archive(path)
     names = {PurePosixPath(name).name for name in archive.members}
-    if "adapter_metadata.json" in names:
+    if names & {"adapter_metadata.json", "adapter_config.json"}:
         raise CheckpointError(f"{path} holds an adapter, not a model; merge it into its base first")
     if any(name.startswith("modelopt_") for name in names):
         raise CheckpointError(f"{path} is quantised (modelopt); merge the policy before quantising")
+    if is_safetensors(archive.members):
+        config = read_hf_config(archive.members, str(path))
+        hf_store = SafetensorsStore(archive.members, str(path))
+        _refuse_unmergeable(path, hf_store)
+        return Checkpoint(path, "safetensors", archive, "", hf_store, config)
     config = read_configuration(archive)
     kind, weights, store = _open_store(archive, config)
     _refuse_unmergeable(path, store)

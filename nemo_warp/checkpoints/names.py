@@ -37,6 +37,14 @@ _NORMS = {
 }
 """Names of the same norms without and with Transformer Engine (mcore gpt_layer_specs.py)."""
 
+_HF_OUTSIDE = (
+    ("model.embed_tokens.", "embedding.word_embeddings."),
+    ("model.norm.", "decoder.final_layernorm."),
+    ("lm_head.", "output_layer."),
+)
+_HF_LAYER = re.compile(r"^(?P<stack>[a-z_.]*?)\.?(layers|layer|blocks|block|h)\.(?P<rest>\d+\..+)$")
+_HF_DECODERS = ("", "model", "transformer", "gpt_neox", "model.decoder", "decoder")
+
 _LAYER = re.compile(r"^(?P<stack>(?:.*\.)?layers)\.(?P<index>\d+)\.(?P<rest>.+)$")
 _STACKED = re.compile(r"^(?P<stack>(?:.*\.)?layers)\.(?P<rest>(?!\d+\.).+)$")
 _NOT_MODEL = re.compile(r"^(optimizer|chained_\d+|rng_state|rerun_state_machine_state)\b")
@@ -89,6 +97,20 @@ def canonical_name(key: str) -> str:
         if found and ".layers." in f"{head}.":
             return f"{head}.{fused}{tail}"
     return name
+
+
+def hugging_face_name(key: str) -> str:
+    """The name of a Hugging Face tensor: in Megatron's groups, so that the same layers are angles.
+
+    What a layer holds keeps its own name: queries, keys and values stay three tensors.
+    """
+    if match := _HF_LAYER.match(key):
+        stack = "decoder" if match["stack"] in _HF_DECODERS else match["stack"]
+        return f"{stack}.layers.{match['rest']}"
+    for theirs, ours in _HF_OUTSIDE:
+        if key.startswith(theirs):
+            return ours + key.removeprefix(theirs)
+    return key
 
 
 def group_of(name: str) -> str:

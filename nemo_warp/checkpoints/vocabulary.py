@@ -25,10 +25,13 @@ _FIXED_BYTES = {1: 8, 5: 4}
 def true_vocab_size(checkpoint: Checkpoint) -> int | None:
     """Tokens in the vocabulary: ``override_vocab_size``, or counted in a tokenizer artifact.
 
+    Of a Hugging Face folder ``vocab_size``, which is what its embedding has.
+
     None if neither says: Hugging Face tokenizers that are only named, or SentencePiece models in
     NeMo's legacy mode, to which special tokens are added when they are loaded.
     """
-    override = checkpoint.config.get("override_vocab_size")
+    key = "vocab_size" if checkpoint.format == "safetensors" else "override_vocab_size"
+    override = checkpoint.config.get(key)
     if isinstance(override, int) and override > 0:
         return override
     tokenizer = checkpoint.config.get("tokenizer")
