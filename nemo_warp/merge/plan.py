@@ -121,6 +121,7 @@ def make_plan(options: MergeOptions, inputs: tuple[Checkpoint, ...]) -> MergePla
         ValueError: options that do not fit the inputs.
     """
     notes: list[str] = []
+    _check_container(options, inputs[0])
     tables = _source_tables(options, inputs, notes)
     for other, table in zip(inputs[1:], tables[1:], strict=True):
         _check_same_names(inputs[0], other, tables[0], table)
@@ -146,6 +147,15 @@ def make_plan(options: MergeOptions, inputs: tuple[Checkpoint, ...]) -> MergePla
     identity = _identity(options, inputs, files, tensors, versions)
     once = tuple(dict.fromkeys(notes))
     return MergePlan(options, inputs, ordered, image, once, files, versions, identity)
+
+
+def _check_container(options: MergeOptions, init: Checkpoint) -> None:
+    tars = [path for path in options.outputs.values() if path.suffix == ".nemo"]
+    if tars and init.format == "safetensors":
+        raise ValueError(
+            f"{init.path} is a Hugging Face folder, and so are outputs like it: {tars[0]} cannot "
+            "be a .nemo; name a folder, and convert it with tools/import_hf.py"
+        )
 
 
 def _source_tables(options, inputs, notes) -> list[dict[str, LogicalTensor]]:

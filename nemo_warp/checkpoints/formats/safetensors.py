@@ -74,9 +74,8 @@ class SafetensorsStore:
         CheckpointError: a shard is missing, damaged or hostile.
     """
 
-    foreign: list[str] = []
-
     def __init__(self, members: dict[str, Record], where: str):
+        self.foreign: list[str] = []  # nothing but the model is in such a folder
         self.where, self._members = where, members
         self.index = _read_json(members, INDEX, where) if INDEX in members else None
         self.shards = {n: read_shard(members[n], f"{where}/{n}") for n in self._shard_names()}
@@ -236,7 +235,9 @@ def _stored(key: str, entry: Any, file: Record, base: int, where: str) -> Stored
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(f"{where}: the header's entry of {key!r:.80} is unknown") from None
     if not fits or base + end > file.size:
-        raise CheckpointError(f"{where}: {key!r:.80} does not fit its shape or the file")
+        raise CheckpointError(
+            f"{where}: {key!r:.80} does not fit its shape or the file, which may be truncated"
+        )
     return Stored(key, shape, dtype, Record(file.path, file.offset + base + begin, end - begin))
 
 
