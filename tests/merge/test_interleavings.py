@@ -23,6 +23,7 @@ from nemo_warp.merge import merge
 from nemo_warp.merge.publish import renaming
 from nemo_warp.records import code_version
 
+pytestmark = pytest.mark.slow
 CONTENT = ("pwrite", "ftruncate", "fdatasync")
 """Of these, which change files in an attempt's own folder, several in a row are one effect."""
 

@@ -19,6 +19,8 @@ from nemo_warp.checkpoints.record import Record
 MAX_HEADER_BYTES = 1 << 20
 """No honest tar header (pax and long names included) comes near this."""
 
+_MAX_NAME = 1024
+
 MAX_FILES = 1 << 18
 """In a folder; a 512-GPU save has some thousands."""
 
@@ -187,6 +189,8 @@ def _tar_members(path: Path):
 
 
 def _safe_name(path: Path, member: tarfile.TarInfo) -> str:
+    if len(member.name) > _MAX_NAME:
+        raise CheckpointError(f"{path}: a member is called {member.name[:60]!r}...; refused")
     pure = PurePosixPath(member.name)
     if pure.is_absolute() or ".." in pure.parts or "\0" in member.name:
         raise CheckpointError(f"{path}: member {member.name!r} points outside the archive; refused")

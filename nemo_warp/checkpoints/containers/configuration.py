@@ -30,8 +30,10 @@ def read_configuration(archive: Archive, name: str = CONFIG) -> dict[str, Any]:
     try:
         _refuse_bombs(text)
         found = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError, TypeError) as error:
-        raise CheckpointError(f"{archive.path}: {name} is not readable YAML ({error})") from error
+    except Exception as error:  # PyYAML's constructors raise whatever a value makes them meet
+        raise CheckpointError(
+            f"{archive.path}: {name} is not readable YAML ({str(error)[:300]})"
+        ) from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{archive.path}: {name} is not a mapping")
     return found
