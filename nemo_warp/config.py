@@ -54,6 +54,7 @@ NOT_IDENTITY = (
     "run.directory",
     "run.name",
     "run.time_limit",
+    "run.max_skipped_updates",
     "run.save_margin",
     "run.keep_checkpoints",
     "directory",

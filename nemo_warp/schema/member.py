@@ -30,6 +30,9 @@ class Run:
     eval_interval: int = key(100, "also at step 0 and T", unit="steps", low=1, paper="figure 3")
     save_interval: int = key(100, "between training checkpoints", unit="steps", low=1)
     keep_checkpoints: int = key(2, "newest training checkpoints that are kept", low=2)
+    max_skipped_updates: int = key(
+        3, "updates in a row without a finite gradient, at which the member stops", low=1
+    )
     time_limit: float | None = key(
         None, "from the start of the process; null is Slurm's end time, if any", unit="s", above=0,
         restart="counts from the new process's start",

@@ -236,6 +236,22 @@ def _replace_collectives(replacements: Replacements) -> None:
         all_gather_into_tensor,
         "a 0-d input is made 1-d, which gloo asks for and NCCL does not",
     )
+    all_reduce = torch.distributed.all_reduce
+
+    @functools.wraps(all_reduce)
+    def all_reduce_in_order(*args: Any, **kwargs: Any) -> Any:
+        work = all_reduce(*args, **kwargs)
+        if work is not None:
+            work.wait()
+        return work
+
+    replacements.set(
+        torch.distributed,
+        "all_reduce",
+        all_reduce_in_order,
+        "async_op waits: on a GPU the stream keeps the order (NeMo's fp32 masters rely on it, "
+        "optimizer_with_main_params.py l.355), gloo has none",
+    )
 
 
 class _Results:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from nemo_warp.aligner.compat import torch_adam
 from nemo_warp.aligner.compat.norm import LayerNorm
 from nemo_warp.aligner.compat.replacements import Replacements
 
@@ -51,6 +52,8 @@ def replace_in_nemo(replacements: Replacements, missing: Sequence[str]) -> None:
         _replace_apex(replacements)
     if "transformer_engine" in missing:
         _replace_transformer_engine(replacements)
+    if "apex" in missing and "transformer_engine" in missing:
+        _replace_fused_adam(replacements)
     _adapt_checkpoint_writer(replacements)
 
 
@@ -140,6 +143,21 @@ def multi_tensor_scale(
     """``target = source * scale`` in place, as apex's kernel; infinities are not looked for."""
     sources, targets = tensor_lists
     torch._foreach_copy_(targets, torch._foreach_mul(sources, scale))
+
+
+def _replace_fused_adam(replacements: Replacements) -> None:
+    """For Megatron's distributed optimizer, which then runs torch's Adam."""
+    module = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
+    optimizer = module.DistributedOptimizer
+    for name, change in (
+        ("_get_main_param_and_optimizer_states", torch_adam.without_step),
+        ("_set_main_param_and_optimizer_states", torch_adam.without_step),
+        ("state_dict", torch_adam.with_states),
+        ("load_state_dict", torch_adam.with_own_steps),
+    ):
+        replacements.set(
+            optimizer, name, change(getattr(optimizer, name)), "torch's Adam counts per parameter"
+        )
 
 
 # ------------------------------------------------------------------------- Transformer Engine

@@ -1,14 +1,13 @@
-"""The loop of one member: NeMo-Aligner's ReinforceTrainer with WARP's estimator and stopping rules.
+"""The loop of one member: NeMo-Aligner's REINFORCE with WARP's estimator and stopping rules.
 
 One step: generate with the policy, score, log-probabilities of policy and anchor, KL-regularised
 rewards and baselines on the global batch, one optimizer step, one EMA update of the anchor
-(WARP, Algorithm 1, lines 5-10). `run_training` is upstream's, called once per optimizer step.
+(WARP, Algorithm 1, lines 5-10). The optimizer step is upstream's, see `update`.
 """
 
 from __future__ import annotations
 
 import gc
-import math
 import time
 from enum import Enum
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 
 import torch
 from nemo.utils import logging
-from nemo_aligner.algorithms.reinforce import ReinforceTrainer
 from nemo_aligner.utils.utils import clear_memory
 from torch import Tensor
 from tqdm import tqdm
@@ -25,6 +23,7 @@ from nemo_warp.aligner.entry.prompts import Prompt
 from nemo_warp.aligner.evaluation.evaluator import Evaluator
 from nemo_warp.aligner.member.objective import Batch, Objective
 from nemo_warp.aligner.member.stopping import StopRequest
+from nemo_warp.aligner.member.update import Updater
 from nemo_warp.aligner.sampling.rewards import RewardSource
 from nemo_warp.aligner.sampling.rollouts import Rollouts, generate, local_rows
 from nemo_warp.aligner.sampling.timings import Timings
@@ -34,8 +33,6 @@ from nemo_warp.aligner.weights.sharded import ShardedWeights
 from nemo_warp.core.seeds import prompt_indices
 from nemo_warp.records import RecordError
 from nemo_warp.rewards import RewardFailureRateError
-
-_START_KL = 1e-3  # nats; 0 exactly with deterministic kernels
 
 
 class Outcome(Enum):
@@ -47,7 +44,7 @@ class Outcome(Enum):
     KL_LIMIT = "KL to SFT passed its limit, saved"
 
 
-class WarpReinforceTrainer(ReinforceTrainer):
+class WarpReinforceTrainer:
     """Trains one member.
 
     Args:
@@ -58,7 +55,7 @@ class WarpReinforceTrainer(ReinforceTrainer):
         evaluated: whether nothing is to be measured at that step (any more).
     """
 
-    def __init__(  # upstream's builds data loaders that this loop does not use
+    def __init__(
         self,
         config: Any,
         model: Any,
@@ -75,21 +72,25 @@ class WarpReinforceTrainer(ReinforceTrainer):
         evaluated: bool = False,
     ) -> None:
         self.config = config
-        self.cfg = config.trainer  # upstream reads gradient_clip_val from it
         self.model = model
-        self.optimizer = optimizer
-        self.scheduler = scheduler
+        self.updater = Updater(
+            model,
+            optimizer,
+            scheduler,
+            config.trainer.gradient_clip_val,
+            config.run.max_skipped_updates,
+        )
         self.prompts = prompts
         self.rewards = rewards
         self.anchor = anchor
         self.evaluator = evaluator
         self.log = log
-        self.logger = _NoLogger()
         self.stop = stop
         self.step = step
         self.evaluated = evaluated
-        self.reinforce_optimization_step = step
         self.checkpoints = Path(config.run.directory) / "checkpoints"
+        # Inside `inference` NeMo says that sequence parallelism is off.
+        self.sequence_multiple = _sequence_multiple(model)
         self.timings = Timings()
         self.objective = Objective(config, model, reference, self.timings)
 
@@ -141,7 +142,7 @@ class WarpReinforceTrainer(ReinforceTrainer):
 
         Raises:
             RewardFailureRateError: on every rank, before anything was changed.
-            FloatingPointError: a gradient was not finite; the weights are no longer to be used.
+            FloatingPointError: see `Updater.step`.
         """
         clear_memory()
         with self.model.inference():
@@ -168,7 +169,7 @@ class WarpReinforceTrainer(ReinforceTrainer):
             self.rewards,
             rollout.micro_batch_size,
             seed_parts=(run.seed, "rollout", number),
-            pad_multiple=_sequence_multiple(self.model),
+            pad_multiple=self.sequence_multiple,
         )
 
     def optimizer_batches(self, data: dict[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -186,23 +187,20 @@ class WarpReinforceTrainer(ReinforceTrainer):
             batches.append(batch)
         return batches
 
-    def run_training(self, dataloader_iter: Any) -> tuple[float, dict[str, float]]:
-        """Upstream's optimizer step for each batch, then one step of the anchor.
+    def run_training(self, batches: list[dict[str, Tensor]]) -> tuple[float, dict[str, float]]:
+        """An optimizer step for each batch, each followed by one step of the anchor.
 
-        The anchor is not moved in `finish_training`, which upstream also calls when it saves.
+        A step whose gradient is not finite leaves weights, moments and anchor as they were.
         """
-        for batch in dataloader_iter:
-            loss, metrics = super().run_training([batch])
-            if not math.isfinite(metrics.get("grad_norm", 0.0)) or not math.isfinite(loss):
-                raise FloatingPointError(
-                    f"step {self.step + 1}: loss {loss}, gradient norm {metrics.get('grad_norm')}; "
-                    f"the last good state is the newest of {self.checkpoints}"
-                )
-            if self.anchor is not None:
+        metrics: dict[str, float] = {}
+        for batch in batches:
+            updated, metrics = self.updater.step(batch)
+            if updated and self.anchor is not None:
                 with self.timings.measure("ema_update"):
                     self.anchor.update_()
             self.step += 1
-        return loss, metrics
+            metrics["optim_step"] = self.step - 1
+        return metrics["loss"], metrics
 
     def save(self) -> None:
         """Write a training checkpoint of this step boundary. Collective."""
@@ -219,12 +217,15 @@ class WarpReinforceTrainer(ReinforceTrainer):
         self.model.finish_training()
 
     def _check_start(self, batch: Batch) -> None:
-        """At step 0 the EMA anchor is the policy, so their KL is 0."""
-        distance = batch.kl.abs().max().item()
-        if self.step == 0 and self.anchor is not None and distance > _START_KL:
+        """At step 0 the EMA anchor is the policy. Collective."""
+        if self.step != 0 or self.anchor is None:
+            return
+        # Two bf16 forward passes of equal weights need not agree (kernels, all-reduce order), so
+        # the weights are compared and the KL is only told.
+        logging.info(f"KL to the anchor at step 0: at most {batch.kl.abs().max().item():.3g} nats")
+        if not self.anchor.weights.equal_model():
             raise RecordError(
-                f"KL to the anchor is {distance:.3g} nats at step 0, expected 0: policy and anchor "
-                "do not hold the same weights"
+                "the anchor does not hold the policy's weights at step 0, bit for bit"
             )
 
     def _due(self, interval: int) -> bool:
@@ -256,13 +257,6 @@ class WarpReinforceTrainer(ReinforceTrainer):
             reward=f"{metrics['reward']:.3f}", kl=f"{metrics.get('kl_to_anchor', 0):.2f}"
         )
         bar.update(self.step - bar.n)
-
-
-class _NoLogger:
-    """Stands where upstream's `run_training` logs each optimizer step; `_report` logs it here."""
-
-    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
-        """Already part of the step's own record."""
 
 
 def _sequence_multiple(model: Any) -> int:

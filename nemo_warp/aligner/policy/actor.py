@@ -130,10 +130,29 @@ class WarpActorModel(MegatronGPTReinforceActorModel):
     def inference(self) -> Iterator[None]:
         """Generate and score inside; refits the TensorRT-LLM engine, where that is in use."""
         self.prepare_for_inference()
+        embeddings = self._without_reduce_scatter()
         try:
             yield
         finally:
+            for embedding in embeddings:
+                embedding.reduce_scatter_embeddings = True
             self.finish_inference()
+
+    def _without_reduce_scatter(self) -> list[torch.nn.Module]:
+        """Embeddings that were told to leave the sequence whole, as sequence parallelism is off.
+
+        NeMo's reset (megatron_gpt_model.py l.2166) knows ``sequence_parallel`` only; the embedding
+        would go on to scatter its output over TP, and the layers after it to expect all of it.
+        """
+        found = [
+            module
+            for part in self.get_model_module_list()
+            for module in part.modules()
+            if getattr(module, "reduce_scatter_embeddings", False)
+        ]
+        for module in found:
+            module.reduce_scatter_embeddings = False
+        return found
 
     def seed_sampling(self, seed: int) -> None:
         """Make the next `infer` a function of ``seed``, equal on all ranks that sample together."""

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from nemo_warp.config import to_plain
 
 _DISTRIBUTED_ADAM = "distributed_fused_adam"
+_MCORE_DISTRIBUTED = "mcore_distributed_optim"
 
 
 def nemo_config(
@@ -21,7 +22,11 @@ def nemo_config(
     into ``model.extra`` and ``optim.extra`` wins over everything.
     """
     plain = to_plain(config)
-    trainer = {k: v for k, v in plain["trainer"].items() if k != "gradient_clip_val"}
+    trainer = dict(plain["trainer"])
+    if plain["optim"]["name"] != _MCORE_DISTRIBUTED:
+        # We clip by ourselves; Megatron's optimizer does, and NeMo takes the limit from here
+        # (megatron_base_model.py, setup_mcore_distributed_optimizer).
+        del trainer["gradient_clip_val"]
     tree = OmegaConf.create(
         {
             "trainer": trainer

@@ -5,6 +5,12 @@ shard again over the data-parallel ranks, so it costs 4/DP bytes per local param
 it (the EMA update, interpolation) is elementwise and needs no communication; using it as a model is
 one all-gather over the data-parallel group, after which the parameters point at the gathered
 buffer instead of their own storage. Nothing travels through the host.
+
+No live parameter ever gets data of another dtype. torch drops a parameter's gradient accumulator
+when the dtype of ``.data`` changes, and with it the hooks by which apex, NeMo and Megatron collect
+their main gradients: training would go on with gradients of 0 and nothing would complain. Weights
+are put in place in the parameters' own dtypes only, and what is fp32 (the anchor in a checkpoint,
+an exported policy) is a state dict beside the model, see `sharded_state_dict`.
 """
 
 from __future__ import annotations
@@ -45,6 +51,18 @@ def model_parameters(model: Any) -> list[Tensor]:
     return list(unique.values())
 
 
+def _place(tensor: Tensor) -> tuple[int, torch.Size]:
+    """Where a tensor's memory begins, and its shape: what tells parameters apart."""
+    return tensor.data_ptr(), tensor.shape
+
+
+def _bare(module: Any) -> Any:
+    """The module under wrappers such as NeMo's Float16Module, whose names are the checkpoint's."""
+    while hasattr(module, "module"):
+        module = module.module
+    return module
+
+
 class ShardedWeights:
     """fp32 copy of ``model``'s weights: this rank's 1/DP slice of its local parameters.
 
@@ -80,6 +98,17 @@ class ShardedWeights:
         """This rank's slice, float32 [ceil(local parameters / DP)]. Not a copy."""
         return self._slice
 
+    @torch.no_grad()
+    def equal_model(self) -> bool:
+        """Whether the slices hold the model's weights bit for bit, on all ranks. Collective."""
+        same = all(
+            torch.equal(part.to(parameter.dtype), parameter)
+            for part, parameter in zip(self._gather(), self._parameters, strict=True)
+        )
+        found = torch.tensor(float(same), device=self._device)
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MIN)
+        return bool(found.item())
+
     def copy_from_model_(self) -> None:
         """Take over the model's present weights, in place."""
         self.lerp_model_(1.0)
@@ -112,50 +141,97 @@ class ShardedWeights:
         return copy
 
     @contextmanager
-    def gathered(self, dtype: torch.dtype | None = None) -> Iterator[GatheredWeights]:
+    def gathered(self) -> Iterator[GatheredWeights]:
         """All-gather the slices; yields weights that can be put in place any number of times.
 
-        Costs one full set of local weights for the time being. Collective over the data-parallel
-        group: all its ranks must enter.
-
-        Args:
-            dtype: of the gathered weights; by default each parameter's own.
+        Costs one full set of local weights, in the parameters' dtypes, for the time being.
+        Collective over the data-parallel group: all its ranks must enter.
         """
-        yield GatheredWeights(self._parameters, self._gather(dtype))
+        yield GatheredWeights(self._parameters, self._gather())
 
     @contextmanager
-    def in_place(self, dtype: torch.dtype | None = None) -> Iterator[None]:
+    def in_place(self) -> Iterator[None]:
         """Run the model with these weights; its own come back even if the body raises."""
-        with self.gathered(dtype) as weights, weights.in_place():
+        with self.gathered() as weights, weights.in_place():
             yield
 
-    def sharded_state_dict(self, prefix: str) -> dict[str, Any]:
-        """Megatron's distributed-checkpoint view of these weights: fp32, ``prefix`` + model key.
+    def tensors(self, dtype: torch.dtype) -> list[Tensor]:
+        """Full local weights of ``dtype``, one tensor per parameter in model order. Collective."""
+        return self._gather(dtype)
 
-        Made by the model itself while the gathered fp32 weights are in place, so that layouts
-        (stacked layers, SwiGLU, padded vocabulary) are the model's own. Resharding on load is
-        Megatron's.
+    def sharded_state_dict(self, prefix: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+        """Megatron's distributed-checkpoint view of these weights: ``prefix`` + model key.
+
+        It is the model's own state (so that stacked layers, SwiGLU, padded vocabulary and layouts
+        are the model's), in whose entries our gathered tensors take the parameters' places.
+        Resharding on load is Megatron's. Collective over the data-parallel group.
         """
-        with self.in_place(torch.float32):
-            state = self._model.sharded_state_dict(prefix=prefix)
-            # The entries hold the parameters themselves, which soon point elsewhere again.
-            for entry in nested_values(state):
-                if isinstance(entry, ShardedTensor | ShardedTensorFactory):
-                    entry.data = entry.data.detach()
-            return state
+        state = self._model.sharded_state_dict(prefix=prefix)
+        ours = dict(zip(map(_place, self._parameters), self._gather(dtype), strict=True))
+        for entry in nested_values(state):
+            if not isinstance(entry, ShardedTensor | ShardedTensorFactory):
+                continue
+            # The entries hold the parameters themselves (state_dict(keep_vars=True)).
+            tensor = ours.get(_place(entry.data))
+            entry.data = entry.data.detach() if tensor is None else tensor
+            if isinstance(entry, ShardedTensor):
+                entry.dtype = entry.data.dtype
+        return state
 
     @torch.no_grad()
     def load_state_dict_(
         self, state_dict: dict[str, Any], prefix: str, strict: bool = True
     ) -> None:
-        """Take over loaded local tensors, in place; the inverse of `sharded_state_dict`."""
-        with self.in_place(torch.float32):
-            stripped = {
-                key.removeprefix(f"{prefix}model."): value for key, value in state_dict.items()
-            }
-            for module in self._model.get_model_module_list():
-                module.load_state_dict(stripped, strict=strict)
-            self.copy_from_model_()
+        """Take over loaded local tensors, in place; the inverse of `sharded_state_dict`.
+
+        The model's own weights are not touched.
+
+        Args:
+            strict: refuse a state dict that lacks a parameter; else it keeps the slice's values.
+
+        Raises:
+            KeyError: a parameter is missing.
+            RuntimeError: a tensor has another shape than its parameter.
+        """
+        loaded = {key.removeprefix(f"{prefix}model."): value for key, value in state_dict.items()}
+        found = {
+            id(parameter): loaded[name]
+            for module in self._model.get_model_module_list()
+            for name, parameter in _bare(module).named_parameters(remove_duplicate=False)
+            if name in loaded
+        }
+        missing = self.take_(found)
+        if strict and missing:
+            raise KeyError(f"no weights for a parameter of shape {tuple(missing[0].shape)}")
+
+    @torch.no_grad()
+    def take_(self, found: dict[int, Tensor]) -> list[Tensor]:
+        """Take over full local tensors, in place.
+
+        Args:
+            found: ``id`` of a parameter -> its weights, of any dtype.
+
+        Returns:
+            Parameters in this rank's slice that were not among them; they keep their values.
+
+        Raises:
+            RuntimeError: a tensor has another shape than its parameter.
+        """
+        own, missing = self._load(), []
+        for span in self._spans:
+            tensor = found.get(id(span.parameter))
+            if tensor is None:
+                missing.append(span.parameter)
+                continue
+            if tensor.shape != span.parameter.shape:
+                raise RuntimeError(
+                    f"weights of shape {tuple(tensor.shape)} for a parameter of shape "
+                    f"{tuple(span.parameter.shape)}"
+                )
+            part = tensor.reshape(-1)[span.start : span.stop]
+            own[span.offset : span.offset + span.stop - span.start].copy_(part)
+        self._store(own)
+        return missing
 
     def _find_spans(self, slice_start: int) -> Iterator[_Span]:
         slice_stop = slice_start + self._slice_numel
@@ -180,7 +256,7 @@ class ShardedWeights:
             self._slice = own.cpu().pin_memory()
 
     @torch.no_grad()
-    def _gather(self, dtype: torch.dtype | None) -> list[Tensor]:
+    def _gather(self, dtype: torch.dtype | None = None) -> list[Tensor]:
         """Full local weights, one tensor per parameter; one collective per dtype."""
         own = self._load()
         dtypes = [dtype or p.dtype for p in self._parameters]
@@ -203,6 +279,15 @@ class GatheredWeights:
 
     parameters: list[Tensor]
     tensors: list[Tensor]
+
+    def __post_init__(self) -> None:
+        """Raise TypeError for tensors of another dtype: see the module's docstring."""
+        for parameter, tensor in zip(self.parameters, self.tensors, strict=True):
+            if parameter.dtype != tensor.dtype:
+                raise TypeError(
+                    f"weights of {tensor.dtype} cannot stand in for a parameter of "
+                    f"{parameter.dtype}: it would lose its gradient hooks"
+                )
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

@@ -171,7 +171,10 @@ def load(checkpoint: Path, model: Any, anchor: EmaAnchor | None) -> None:
         raise RecordError(f"{checkpoint} cannot be restored: {error}") from error
     model.on_load_checkpoint(loaded)
     optimizer = model.optimizers(use_pl_optimizer=False)
-    optimizer.load_state_dict(_with_step(loaded["optimizer_states"][0], loaded["optimizer_step"]))
+    state = loaded["optimizer_states"][0]
+    if not model.use_mcore_dist_optim:  # Megatron's keeps its steps by itself
+        state = _with_step(state, loaded["optimizer_step"])
+    optimizer.load_state_dict(state)
     model.lr_schedulers().load_state_dict(loaded["lr_schedulers"][0])
     logging.info(f"resumed from {checkpoint}")
 

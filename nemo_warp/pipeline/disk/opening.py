@@ -70,7 +70,7 @@ def _refuse_other(recipe: Recipe, stored: Recipe) -> None:
 def _deciding(values: dict[str, Any]) -> dict[str, Any]:
     kept = {k: v for k, v in values.items() if k not in OPERATIONAL}
     member = copy.deepcopy(kept["member"])
-    for key in ("time_limit", "save_margin", "keep_checkpoints"):
+    for key in ("time_limit", "save_margin", "keep_checkpoints", "max_skipped_updates"):
         member["run"].pop(key, None)
     member.pop("reward_client", None)
     member.pop("loggers", None)

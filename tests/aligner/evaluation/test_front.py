@@ -188,7 +188,7 @@ def export_with_masters(materials, directory, monkeypatch):
     for dtype in ("same", "float32", "bfloat16"):
         output = directory / f"{dtype}.nemo"
         export.export_policy(model, materials.sft, output, dtype, directory / "checkpoint")
-    with masters.in_place(torch.float32):
+    with masters.in_place():
         return lab.local_tensors(model)
 
 

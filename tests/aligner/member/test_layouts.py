@@ -31,7 +31,7 @@ def train_on_given_rollouts(materials, directory, layout, rate=RATE, anchor="ema
         batches.append(batch.data["weights"])
         kls.append(batch.metrics["kl_to_anchor"])
         losses.append(loss)
-    with trainer.objective.reference.in_place(torch.float32):
+    with trainer.objective.reference.in_place():
         anchor_tensors = lab.local_tensors(trainer.model)
     return {
         "history": history,
@@ -130,12 +130,12 @@ def gradients_by_micro_batch(materials, directory):
     for size in (1, 2, 4):
         model.cfg.micro_batch_size = size
         model.prepare_for_training()
-        trainer.optimizer.zero_grad()
+        trainer.updater.optimizer.zero_grad()
         model.prepare_for_training_step()
         model.get_loss_and_metrics(trainer.optimizer_batches(batch)[0], forward_only=False)
         model.finish_training_step()
         found[size] = {name: p.grad.clone().numpy() for name, p in model.model.named_parameters()}
-    trainer.optimizer.zero_grad()
+    trainer.updater.optimizer.zero_grad()
     tokens = batch["response_tokens"]
     mask, _, positions = model.get_ltor_masks_and_position_ids(tokens)
     logits = model.model(tokens, positions, mask, labels=None)[:, :-1]

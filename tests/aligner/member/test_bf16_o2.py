@@ -1,0 +1,183 @@
+"""bf16 with O2, which H100s run: fp32 masters, sharded optimizers, sequence parallelism.
+
+Megatron's optimizers and NeMo's fp32 masters run on a CPU; what a save, a load or an export does to
+them is what it does on a GPU.
+"""
+
+import member_lab as lab
+import numpy as np
+import pytest
+import torch
+from member_lab import Layout
+from ranks import RankError, run_ranks
+
+pytestmark = pytest.mark.nemo
+
+STEPS, SAVE_AFTER = 4, 2
+OPTIMIZERS = ("adam", "mcore_distributed_optim")
+
+
+def _config(materials, directory, layout, optimizer, **changes):
+    config = lab.member_config(
+        materials,
+        directory,
+        layout,
+        algorithm={"anchor": "ema", "ema_update_rate": 0.3, "kl_coefficient": 0.1},
+        optim={"name": optimizer, "lr": 1e-3, "warmup_steps": 2},
+        also=["model.megatron_amp_O2=true", 'trainer.precision="bf16"', *changes.get("also", [])],
+    )
+    return config
+
+
+def _train(trainer, first, last):
+    """Gradient norms of the steps."""
+    norms = []
+    for step in range(first, last):
+        batch = trainer.objective.batch(lab.given_rollouts(step))
+        _, metrics = trainer.run_training(trainer.optimizer_batches(batch.data))
+        norms.append(metrics["grad_norm"])
+    return norms
+
+
+def _state(trainer):
+    anchor = [t.clone() for t in trainer.anchor.weights.tensors(torch.float32)]
+    return lab.local_tensors(trainer.model), [t.numpy() for t in anchor]
+
+
+def interrupted(materials, directory, layout, optimizer, also=()):
+    """Uninterrupted, with a save (and an evaluation's swap) in the middle, and resumed."""
+    from nemo_warp.aligner.weights import training_checkpoint
+    from nemo_warp.aligner.weights.export import export_policy
+
+    config = _config(materials, directory, layout, optimizer, also=list(also))
+    plain = lab.build_trainer(config)
+    results = {"plain": (_train(plain, 0, STEPS), *_state(plain))}
+    dtypes = {p.dtype for p in plain.model.parameters()}
+
+    saved = lab.build_trainer(config)
+    norms = _train(saved, 0, SAVE_AFTER)
+    state = {"step": SAVE_AFTER, "evaluated": True, "rewards": None}
+    checkpoints = directory / "checkpoints"
+    saved.model.prepare_for_training()
+    checkpoint = training_checkpoint.save(checkpoints, saved.model, saved.anchor, state, keep=2)
+    saved.model.finish_training()
+    with saved.anchor.weights.in_place():
+        pass
+    export_policy(saved.model, materials.sft, directory / "policy.nemo", "float32", checkpoint)
+    results["saved"] = (norms + _train(saved, SAVE_AFTER, STEPS), *_state(saved))
+
+    resumed = lab.build_trainer(config)
+    training_checkpoint.load(checkpoint, resumed.model, resumed.anchor)
+    results["resumed"] = (_train(resumed, SAVE_AFTER, STEPS), *_state(resumed))
+    return results, dtypes
+
+
+@pytest.mark.parametrize("data", [1, 2])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_save_and_a_resume_change_nothing(materials, tmp_path, optimizer, data):
+    """Gradients, weights and anchor, bit for bit; gradients are never 0."""
+    layout = Layout(1, 1, data)
+    for results, dtypes in run_ranks(
+        interrupted, layout.ranks, materials, tmp_path, layout, optimizer
+    ):
+        assert dtypes == {torch.bfloat16}
+        norms, weights, anchor = results["plain"]
+        assert all(norm > 0 for norm in norms)
+        assert results["saved"][0] == norms
+        assert results["resumed"][0] == norms[SAVE_AFTER:]
+        for name in ("saved", "resumed"):
+            for found, expected in zip(results[name][1], weights, strict=True):
+                assert np.array_equal(found[3], expected[3]), (name, expected[0])
+            for found, expected in zip(results[name][2], anchor, strict=True):
+                assert np.array_equal(found, expected), name
+
+
+def trained(materials, directory, layout, optimizer, sequence_parallel):
+    also = ["model.sequence_parallel=true"] if sequence_parallel else []
+    trainer = lab.build_trainer(_config(materials, directory, layout, optimizer, also=also))
+    start = lab.local_tensors(trainer.model)
+    with trainer.model.inference():  # log-probabilities under sequence parallelism
+        scored = trainer.model.get_inference_log_probs(lab.given_rollouts(0).tokens)
+    return _train(trainer, 0, STEPS), start, lab.local_tensors(trainer.model), scored
+
+
+def test_layouts_agree_to_bf16(materials, tmp_path):
+    """TP 2, PP 2 (tied embeddings), TP 2 with sequence parallelism, against one rank."""
+    layouts = {
+        "one": (Layout(), False),
+        "tp2": (Layout(2), False),
+        "pp2": (Layout(1, 2), False),
+        "tp2 sp": (Layout(2), True),
+    }
+    found = {
+        name: run_ranks(trained, layout.ranks, materials, tmp_path, layout, "adam", sp)
+        for name, (layout, sp) in layouts.items()
+    }
+    one = found["one"]
+    start, end = (lab.assemble([rank[i] for rank in one]) for i in (1, 2))
+    for name, ranks in found.items():
+        for norm, expected in zip(ranks[0][0], one[0][0], strict=True):
+            assert norm == pytest.approx(expected, rel=0.05), name
+        torch.testing.assert_close(ranks[0][3], one[0][3], atol=0.05, rtol=0.02)
+        weights = lab.assemble([rank[2] for rank in ranks])  # replicas must agree
+        for key in end:
+            update = end[key] - start[key]
+            assert lab.relative_error(weights[key] - start[key], update) < 0.35, (name, key)
+            assert lab.relative_error(weights[key], end[key]) < 2**-6, (name, key)
+
+
+def poisoned(materials, directory):
+    """A gradient that is not finite, twice, then good ones; then too many."""
+    config = _config(materials, directory, Layout(), "adam", also=["run.max_skipped_updates=3"])
+    trainer = lab.build_trainer(config)
+    _train(trainer, 0, 1)
+    before = lab.local_tensors(trainer.model)
+    moments = [s["exp_avg"].clone() for s in trainer.updater.optimizer.optimizer.state.values()]
+    batch = trainer.objective.batch(lab.given_rollouts(1)).data
+    bad = {**batch, "weights": batch["weights"] * float("inf")}
+    skipped = [trainer.run_training(trainer.optimizer_batches(bad))[1]["skipped"] for _ in range(2)]
+    after = lab.local_tensors(trainer.model)
+    same = all(np.array_equal(a[3], b[3]) for a, b in zip(before, after, strict=True))
+    kept = zip(moments, trainer.updater.optimizer.optimizer.state.values(), strict=True)
+    same = same and all(torch.equal(m, s["exp_avg"]) for m, s in kept)
+    good = _train(trainer, 1, 2)[0]
+    for _ in range(2):
+        trainer.run_training(trainer.optimizer_batches(bad))
+    try:
+        trainer.run_training(trainer.optimizer_batches(bad))
+    except FloatingPointError as error:
+        return skipped, same, good, str(error), trainer.step
+    return None
+
+
+def test_a_gradient_that_is_not_finite_costs_a_step_and_not_the_weights(materials, tmp_path):
+    skipped, same, good, message, step = run_ranks(poisoned, 1, materials, tmp_path)[0]
+    assert skipped == [1, 2] and same and good > 0 and step == 6
+    assert message.startswith("3 updates in a row have no finite gradient")
+
+
+def deaf(materials, directory):
+    """The hooks that collect main gradients are lost, as data of another dtype once lost them."""
+    trainer = lab.build_trainer(_config(materials, directory, Layout(), "adam"))
+    for parameter in trainer.model.parameters():
+        own = parameter.data
+        parameter.data = own.float()
+        parameter.data = own
+    _train(trainer, 0, 1)
+
+
+def test_gradients_that_nobody_collects_are_an_error(materials, tmp_path):
+    with pytest.raises(RankError, match="exactly 0 although samples have weight"):
+        run_ranks(deaf, 1, materials, tmp_path)
+
+
+def swapped_dtype(materials, directory):
+    from nemo_warp.aligner.weights.sharded import GatheredWeights
+
+    weights = lab.build_trainer(_config(materials, directory, Layout(), "adam")).anchor.weights
+    GatheredWeights(weights._parameters, weights.tensors(torch.float32))
+
+
+def test_no_parameter_can_get_data_of_another_dtype(materials, tmp_path):
+    with pytest.raises(RankError, match="would lose its gradient hooks"):
+        run_ranks(swapped_dtype, 1, materials, tmp_path)
