@@ -88,7 +88,7 @@ def test_front_at_another_layout(front, front_config, tmp_path):
 
 def test_eta_out_of_range(front_config, capfd):
     assert run_ranks(evaluate, 1, front_config, "etas=[0,3]") == [exit_codes.MISCONFIGURED]
-    assert "etas holds 3, expected 0 to 2" in capfd.readouterr().err
+    assert "is 3, expected a number (0 to 2)" in capfd.readouterr().err
 
 
 def exact_kl(materials, directory, layout):
