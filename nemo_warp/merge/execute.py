@@ -47,14 +47,16 @@ def check_outputs(plan: MergePlan) -> None:
         OSError: the outputs do not fit on the disk.
     """
     for final in _finals(plan):
-        check_target(final, plan.options.overwrite)
+        check_target(final, plan.options.overwrite, _file_names(plan))
     _check_space(plan)
 
 
 def _lead(plan: MergePlan, meeting: Meeting) -> MergeResult:
     options, meter = plan.options, Meter(plan)
     finals = _finals(plan)
-    with Transaction(finals, plan.identity, options.overwrite, options.verify) as transaction:
+    known = _file_names(plan)
+    transaction = Transaction(finals, plan.identity, options.overwrite, known, options.verify)
+    with transaction:
         if transaction.sealed_measures is None:
             try:
                 transaction.begin()
@@ -132,6 +134,10 @@ def share(groups: Iterable[GroupPlan], world: World) -> list[GroupPlan]:
         loads[rank] += group.input_bytes
         owner[group.name] = rank
     return [group for group in groups if owner[group.name] == world.rank]
+
+
+def _file_names(plan: MergePlan) -> frozenset[str]:
+    return frozenset(file.name for file in plan.image.files)
 
 
 def _finals(plan: MergePlan) -> list[Path]:

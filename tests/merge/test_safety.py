@@ -176,6 +176,19 @@ def test_only_checkpoints_are_replaced(models, tmp_path, capsys):
     assert _files(folder) == _files(link)
 
 
+def test_what_the_init_takes_along_may_be_replaced(models, tmp_path):
+    with tarfile.open(models["init"]) as tar:
+        tar.extractall(tmp_path / "init", filter="data")
+    (tmp_path / "init/LICENSE").write_text("of the model")
+    inputs = [tmp_path / "init", models["a"], models["b"]]
+    for eta in (0.3, 0.5):
+        merge(inputs[0], inputs[1:], str(tmp_path / "out"), eta=eta, overwrite=True)
+    assert (tmp_path / "out/LICENSE").read_text() == "of the model"
+    (tmp_path / "out/LICENSE.old").write_text("of somebody")
+    with pytest.raises(ValueError, match=r"LICENSE\.old"):
+        merge(inputs[0], inputs[1:], str(tmp_path / "out"), eta=0.3, overwrite=True)
+
+
 def test_a_name_that_is_taken_on_the_way_is_not_lost(models, tmp_path, monkeypatch):
     output = tmp_path / "out.nemo"
     real = Transaction.seal

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 _WEIGHTS = r"""(\.metadata|metadata\.json|integrity\.json|common\.pt|[^/]*__\d+_\d+\.distcp
@@ -32,8 +32,14 @@ _MARKS = re.compile(
 """Without one of these it is no checkpoint."""
 
 
-def check_target(final: Path, overwrite: bool) -> None:
+def check_target(final: Path, overwrite: bool, known: Collection[str] = ()) -> None:
     """Refuse a name that is taken, unless by a checkpoint that may be replaced.
+
+    Args:
+        final: the name.
+        overwrite: whether checkpoints may be replaced.
+        known: names of files that such a checkpoint may have, too: those of the new one, which
+            takes along what its init has.
 
     Raises:
         ValueError: says what is there.
@@ -50,7 +56,8 @@ def check_target(final: Path, overwrite: bool) -> None:
             f"{final} is not a checkpoint, and --overwrite replaces nothing else; "
             "remove it yourself, or choose another --output"
         )
-    if final.is_dir() and (others := [n for n in names if not _CHECKPOINT_FILES.fullmatch(n)]):
+    others = [n for n in names if n not in known and not _CHECKPOINT_FILES.fullmatch(n)]
+    if final.is_dir() and others:
         raise ValueError(
             f"{final} holds {others[0]!r}, which no checkpoint has ({len(others)} such entries), "
             "and --overwrite would remove it; move it away, or choose another --output"

@@ -27,7 +27,7 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -50,14 +50,20 @@ class Transaction:
         finals: the names.
         identity: of the plan.
         overwrite: whether names may be taken from older checkpoints.
+        known: names of the files in an output that is a folder.
         verify: one of `CHECKS`: what has to come before the names.
     """
 
     def __init__(
-        self, finals: list[Path], identity: str, overwrite: bool = False, verify: str | None = None
+        self,
+        finals: list[Path],
+        identity: str,
+        overwrite: bool = False,
+        known: Collection[str] = (),
+        verify: str | None = None,
     ):
         self.finals, self._identity = finals, identity
-        self._overwrite, self._verify = overwrite, verify
+        self._overwrite, self._known, self._verify = overwrite, known, verify
         self._attempt = ""
         self._sealed: dict[str, Any] | None = None
         self._locks = ExitStack()
@@ -106,7 +112,7 @@ class Transaction:
             ValueError: a name is taken.
         """
         for final in self.finals:
-            check_target(final, self._overwrite)
+            check_target(final, self._overwrite, self._known)
         self._clear()
         self._attempt = uuid.uuid4().hex
         for content in self.contents:
@@ -135,7 +141,7 @@ class Transaction:
         for final, content, inode in self._sealed_outputs():
             if _inode(content) != inode:  # it has its name already
                 continue
-            check_target(final, self._overwrite)
+            check_target(final, self._overwrite, self._known)
             if not os.path.lexists(final):
                 rename_to_free_name(content, final)
             elif final.is_dir() or content.is_dir():
