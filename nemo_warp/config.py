@@ -75,6 +75,9 @@ NOT_IDENTITY = (
     "model.sequence_parallel",
     "model.micro_batch_size",
     "rollout.forward_micro_batch_size",
+    "rollout.trt_llm.max_input_len",
+    "rollout.trt_llm.batch_size",
+    "rollout.trt_llm.reshard",
     "algorithm.offload_anchor",
     "allow_different_configs",
 )

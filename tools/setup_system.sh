@@ -33,6 +33,9 @@ need slurm-client "tests on a real Slurm are skipped" command -v sbatch
 need slurmctld "tests on a real Slurm are skipped" command -v slurmctld
 need slurmd "tests on a real Slurm are skipped" command -v slurmd
 need munge "tests on a real Slurm are skipped" command -v munged
+need libpmix-dev "no test has Slurm start MPI's ranks" test -e \
+    "/usr/lib/$(uname -m)-linux-gnu/pmix2/lib/libpmix.so"
+need openmpi-bin "no test has mpirun start ranks" command -v mpirun
 need chromium "the report's page is not looked at in a browser" command -v chromium
 
 [[ ${#missing[@]} -eq 0 ]] && exit 0

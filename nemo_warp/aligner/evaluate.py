@@ -12,6 +12,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_warp.aligner.entry.engine import engine_batch_size
 from nemo_warp.aligner.entry.frame import run_once
 from nemo_warp.aligner.entry.validation import (
     check_evaluation_sizes,
@@ -85,6 +86,7 @@ def check_evaluation(config: DictConfig) -> list[str]:
     check_evaluation_sizes(
         config.evaluation, config.rollout.forward_micro_batch_size, data_parallel_size(config)
     )
+    engine_batch_size(config.rollout, config.evaluation)
     texts = read_prompts(Path(config.prompts.heldout), config.prompts.key)
     count = config.evaluation.num_prompts
     if len(texts) < count:

@@ -15,6 +15,15 @@ class TensorRT:
     enable: bool = key(False, "generate with TensorRT-LLM (in the NeMo container)")
     model_type: str = key("llama", "TensorRT-LLM's name of the model family", nonempty=True)
     unload_engine_train: bool = key(False, "free the engine's memory while training")
+    max_input_len: int | None = key(
+        None, "longest prompt the engine takes; null: all that the model has room for",
+        unit="tokens", low=1,
+    )  # fmt: skip
+    batch_size: int | None = key(
+        None, "sequences the engine takes together; null: the larger micro batch of rollouts and "
+        "evaluations", low=1,
+    )  # fmt: skip
+    reshard: bool = key(False, "build without pipeline stages, for engines at PP above 1")
 
 
 @dataclass

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from nemo_warp import yaml_text
+from nemo_warp.aligner.entry.engine import engine_batch_size
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.meaning import check_same_meaning, read_meaning
 from nemo_warp.schema.rules import check_signal
@@ -83,6 +84,7 @@ def _check_batch_sizes(config: Any) -> None:
         name, batch, "updates_per_rollout * model.micro_batch_size * data parallel", training
     )
     check_evaluation_sizes(config.evaluation, forward, dp)
+    engine_batch_size(rollout, config.evaluation)
     for key in ("total_steps", "eval_interval", "save_interval"):
         _require_multiple(f"run.{key}", config.run[key], "rollout.updates_per_rollout", updates)
 
@@ -174,8 +176,11 @@ def context_length(model: dict[str, Any]) -> int:
 def max_prompt_tokens(config: Any, checkpoint: str) -> int:
     """What the context of ``checkpoint`` leaves for a prompt; ``prompts.max_tokens`` if less.
 
+    With TensorRT-LLM no more than the engine takes: a longer prompt would end the run at the step
+    that draws it, in every attempt.
+
     Raises:
-        ValueError: nothing is left.
+        ValueError: nothing is left, or less than the engine is to take.
     """
     context = context_length(read_model_config(Path(checkpoint)))
     room = context - config.rollout.max_response_tokens
@@ -184,7 +189,15 @@ def max_prompt_tokens(config: Any, checkpoint: str) -> int:
             f"rollout.max_response_tokens is {config.rollout.max_response_tokens}, but "
             f"{checkpoint} reads at most {context} tokens: no room for a prompt"
         )
-    return min(room, config.prompts.max_tokens or room)
+    engine = config.rollout.trt_llm
+    taken = (engine.max_input_len or room) if engine.enable else room
+    if taken > room:
+        raise ValueError(
+            f"rollout.trt_llm.max_input_len is {taken}, but {checkpoint} reads at most {context} "
+            f"tokens, of which rollout.max_response_tokens = {config.rollout.max_response_tokens} "
+            f"are the response's: expected at most {room}"
+        )
+    return min(taken, config.prompts.max_tokens or taken)
 
 
 def _require_multiple(name: str, value: int, of_name: str, of: int) -> None:

@@ -31,11 +31,18 @@ from nemo_aligner.utils.distributed import (
     from_parallel_logits_to_logprobs,
 )
 from nemo_aligner.utils.train_utils import set_sync_funcs
+from omegaconf import DictConfig
 from torch import Tensor
 
 
 class WarpActorModel(MegatronGPTReinforceActorModel):
     """Policy of one member."""
+
+    def __init__(self, cfg: DictConfig, trainer: Any) -> None:
+        super().__init__(cfg, trainer)
+        if self.use_trtllm_generation:  # upstream builds all engines of a machine in one directory
+            exporter = self.trtllm_generate.trt_llm_exporter
+            exporter.model_dir = cfg.reinforce.engine_directory
 
     def temper(self, vocab_parallel_logits: Tensor) -> Tensor:
         """Logits of the law that responses are sampled from, float32 [b, S, V/TP].

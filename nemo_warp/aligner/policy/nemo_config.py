@@ -7,6 +7,8 @@ from typing import Any
 from nemo_aligner.utils.utils import load_and_override_model_config
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from nemo_warp.aligner.entry.engine import engine_batch_size, engine_directory
+from nemo_warp.aligner.entry.validation import max_prompt_tokens
 from nemo_warp.config import to_plain
 
 _DISTRIBUTED_ADAM = "distributed_fused_adam"
@@ -42,13 +44,16 @@ def nemo_config(
             "exp_manager": {"log_tflops_per_sec_per_gpu": False},
         }
     )
-    overrides = _model_overrides(plain, global_batch_size, max_steps)
+    longest = max_prompt_tokens(config, checkpoint)
+    overrides = _model_overrides(plain, longest, global_batch_size, max_steps)
     with open_dict(tree):
         tree.model = load_and_override_model_config(checkpoint, OmegaConf.create(overrides))
     return tree
 
 
-def _model_overrides(plain: dict[str, Any], global_batch_size: int, max_steps: int) -> dict:
+def _model_overrides(
+    plain: dict[str, Any], longest_prompt: int, global_batch_size: int, max_steps: int
+) -> dict:
     model = {k: v for k, v in plain["model"].items() if k != "extra"}
     overrides = model | {
         "global_batch_size": global_batch_size,
@@ -63,7 +68,7 @@ def _model_overrides(plain: dict[str, Any], global_batch_size: int, max_steps: i
         "gradient_as_bucket_view": True,
         "dist_ckpt_format": "torch_dist",
         "optim": _optimizer(plain["optim"], max_steps),
-        "reinforce": _reinforce(plain),
+        "reinforce": _reinforce(plain, longest_prompt),
         "overwrite_base_config": {"optim": True, "data": True},
     }
     return OmegaConf.to_container(OmegaConf.merge(overrides, plain["model"]["extra"]))
@@ -91,11 +96,13 @@ def _optimizer(optim: dict[str, Any], max_steps: int) -> dict[str, Any]:
     }
 
 
-def _reinforce(plain: dict[str, Any]) -> dict[str, Any]:
+def _reinforce(plain: dict[str, Any], longest_prompt: int) -> dict[str, Any]:
     """What NeMo-Aligner's actor reads from ``model.reinforce``."""
     rollout = plain["rollout"]
     return {
-        "rollout_micro_batch_size": rollout["micro_batch_size"],
+        # upstream gives this one to TensorRT-LLM's engine only
+        "rollout_micro_batch_size": engine_batch_size(rollout, plain["evaluation"]),
+        "engine_directory": engine_directory(plain),  # ours: upstream has no key for it
         "forward_micro_batch_size": rollout["forward_micro_batch_size"],
         "offload_adam_states": plain["optim"]["name"] == _DISTRIBUTED_ADAM,
         "log_prob_temperature": plain["algorithm"]["log_prob_temperature"],
@@ -112,5 +119,5 @@ def _reinforce(plain: dict[str, Any]) -> dict[str, Any]:
             "compute_logprob": False,
             "end_strings": rollout["end_strings"],
         },
-        "trt_llm": rollout["trt_llm"],
+        "trt_llm": rollout["trt_llm"] | {"max_input_len": longest_prompt},
     }

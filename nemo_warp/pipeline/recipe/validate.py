@@ -75,8 +75,8 @@ def check_recipe(values: dict[str, Any], source: str, files_here: bool = True) -
         _check_rewards(values)
         _check_tables(values)
         _check_rates(values)
-        check_member(values["member"], values)
         _check_gpus(values["launcher"])
+        check_member(values["member"], values)
         _check_average(values)
         check_recipe_arguments(values["merge"]["arguments"], values["members"])
         if files_here:

@@ -6,6 +6,7 @@ import queue
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -266,3 +267,29 @@ def test_specs_only_transformer_engine_has_are_refused(nemo):
 
     with pytest.raises(ValueError, match=r"'te_gpt_hyena' needs Transformer Engine"):
         get_specs("te_gpt_hyena", None, True)
+
+
+def test_two_members_on_a_node_build_their_engines_apart(nemo, monkeypatch):
+    """Upstream's exporter has one directory for all, and no key for another."""
+    from nemo_aligner.models.nlp.gpt.megatron_gpt_reinforce_actor import (
+        MegatronGPTReinforceActorModel,
+    )
+    from omegaconf import OmegaConf
+
+    from nemo_warp.aligner.entry.engine import engine_directory
+    from nemo_warp.aligner.policy.actor import WarpActorModel
+
+    def upstream(self, cfg, trainer):
+        torch.nn.Module.__init__(self)
+        self.use_trtllm_generation = True
+        exporter = SimpleNamespace(model_dir="/tmp/trt_llm_model")
+        self.trtllm_generate = SimpleNamespace(trt_llm_exporter=exporter)
+
+    monkeypatch.setattr(MegatronGPTReinforceActorModel, "__init__", upstream)
+    found = []
+    for member in ("member_01", "member_02"):
+        directory = engine_directory({"run": {"directory": f"/run/iteration_01/{member}"}})
+        cfg = OmegaConf.create({"reinforce": {"engine_directory": directory}})
+        found.append(WarpActorModel(cfg, None).trtllm_generate.trt_llm_exporter.model_dir)
+    assert found[0] != found[1]
+    assert "/tmp/trt_llm_model" not in found

@@ -64,6 +64,8 @@ def test_good_member_passes(files, tmp_path):
         ("rollout.micro_batch_size=3", "expected a multiple of rollout.micro_batch_size"),
         ("rollout.temperature=0.0", "rollout.temperature' in .* is 0.0, .*above 0"),
         ("rollout.max_response_tokens=32", "reads at most 32 tokens: no room for a prompt"),
+        ("rollout.trt_llm={enable: true, max_input_len: 28}", "max_input_len is 28, .* at most 26"),
+        ("rollout.trt_llm.batch_size=1", "batch_size is 1, but up to \\d+ sequences"),
         ("run.total_steps=0", "run.total_steps' in .* is 0, .*1 or more"),
         ("run.keep_checkpoints=1", "keep_checkpoints' in .* is 1, .*2 or more"),
         ("evaluation.num_prompts=7", "evaluation.num_prompts is 7, expected a multiple"),

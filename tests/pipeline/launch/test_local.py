@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -12,6 +13,12 @@ import pytest
 from sandbox import Sandbox
 
 from nemo_warp import exit_codes
+from nemo_warp.pipeline import task
+from nemo_warp.pipeline.commands.view import Live
+from nemo_warp.pipeline.disk import attempts
+from nemo_warp.pipeline.launch import programs
+from nemo_warp.pipeline.launch.local import LocalDriver, device_shares
+from nemo_warp.pipeline.recipe.load import load_recipe
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +230,85 @@ def test_status_takes_little_time(finished: Sandbox) -> None:
         assert finished.call("status", "--json")[0] == exit_codes.DONE
         times.append(os.times().children_user - before.children_user)
     assert min(times) < 1.0, "seconds of CPU"
+
+
+def test_somebody_elses_job_is_left_alone(short: Sandbox) -> None:
+    """A local run inside an allocation: a failing member must not requeue the user's own job."""
+    folder, log = short.directory / "bin", short.directory / "scontrol.log"
+    folder.mkdir()
+    (folder / "scontrol").write_text(f'#!/bin/sh\necho "$*" >> {log}\n')
+    (folder / "scontrol").chmod(0o755)
+    short.fault("iteration_01/member_01", "exit-1", "exit-1")
+    inside = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "bash", "SLURM_NTASKS": "8"}
+    code, output = short.call("run", PATH=f"{folder}:{os.environ['PATH']}", **inside)
+    assert code == exit_codes.FAILED, output
+    assert not log.exists(), log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "stages", "expected"),
+    [([0, 1, 2, 3], 2, ["0,1", "2,3"]), ([4, 5, 6, 7, 9], 2, ["4,5", "6,7,9"]), ([], 2, [])],
+)
+def test_all_gpus_are_shared_out(gpus: list[int], stages: int, expected: list[str]) -> None:
+    assert device_shares({"gpus": gpus, "side_by_side": stages}) == expected
+
+
+def test_gpus_of_tasks_that_a_killed_driver_left(short: Sandbox) -> None:
+    short.save(launcher={"gpus": [0, 1, 2], "side_by_side": 3})
+    recipe = load_recipe(short.recipe)
+    left = ("iteration_01/member_01", "iteration_01/member_02")
+    for name, devices in zip(left, ("0", "2"), strict=True):
+        attempts.begin(recipe.paths.stage(name), {"devices": devices})
+    driver = LocalDriver(recipe, Live(recipe))
+    assert driver._free_devices(set(left)) == "1"
+    assert driver._free_devices({left[1]}) == "0"
+
+
+@pytest.mark.parametrize(
+    ("launcher", "devices", "message"),
+    [({"gpus": [0], "side_by_side": 2}, 1, "1 devices for launcher.side_by_side = 2"),
+     ({"gpus": [0, 1, 1]}, 1, "repeats a device"),
+     ({"gpus": [0, 1, 2], "side_by_side": 2}, 2, "trainer.devices is 2, .* gets 1")],
+)  # fmt: skip
+def test_gpus_that_do_not_go_round(short: Sandbox, launcher, devices: int, message: str) -> None:
+    member = {**short.values["member"], "trainer": {"devices": devices, "accelerator": "gpu"}}
+    short.save(launcher=launcher, member=member)
+    with pytest.raises(ValueError, match=message):
+        load_recipe(short.recipe)
+
+
+def test_ctrl_c_reaches_what_is_just_starting(short: Sandbox) -> None:
+    short.save(members=4, launcher={"side_by_side": 4})
+    driver = short.start("run", FAKE_STEP_S="20")
+    _wait((short.run_directory / "local").exists)
+    driver.send_signal(signal.SIGINT)
+    output, _ = driver.communicate(timeout=60)  # 80 s of steps, each
+    assert driver.returncode == exit_codes.STOPPED_RESUMABLE, output
+    assert not list(short.run_directory.glob("iteration_01/member_*/completion.json"))
+
+
+def test_an_io_error_is_not_final(
+    finished: Sandbox, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """EIO while a merged file is hashed: the next attempt succeeds."""
+    run = tmp_path / "run"
+    shutil.copytree(finished.run_directory, run)
+    shutil.rmtree(run / "iteration_02/merge")
+
+    def fail(_path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "init.nemo")
+
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(programs, "hash_file", fail)
+            assert task.main([str(run), "iteration_02/merge"]) == exit_codes.FAILED
+        ending = json.loads((run / "iteration_02/merge/attempts/001/exit.json").read_text())
+        assert "Input/output error: 'init.nemo'" in ending["reason"]
+        assert task.main([str(run), "iteration_02/merge"]) == exit_codes.DONE
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _wait(condition, seconds: float = 60.0) -> None:

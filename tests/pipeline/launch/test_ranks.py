@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +12,10 @@ from pathlib import Path
 
 import pytest
 from sandbox import ROOT
+
+from nemo_warp.pipeline.launch import environment
+from nemo_warp.pipeline.launch.steps import Allocation, Step
+from nemo_warp.pipeline.ranks import free_port, threads
 
 
 def start(code: str, ranks: int = 2) -> subprocess.Popen:
@@ -101,3 +107,69 @@ def _alive(pid: str) -> bool:
     except FileNotFoundError:
         return False
     return state != "Z"
+
+
+def start_mpi(code: str, directory: Path, *words: str) -> subprocess.Popen:
+    """Two ranks under mpirun, as the local launcher starts a step with TensorRT-LLM."""
+    step = Step("member", (sys.executable, "-c", code), (), 2, mpi=True,
+                exit_file=directory / "member.exit")  # fmt: skip
+    command = step.command(Allocation(sys.executable), free_port())
+    at = command.index("--mpi")
+    return subprocess.Popen(
+        [*command[:at], *words, *command[at:]],
+        cwd=ROOT,
+        env=step.environment(Allocation()),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="apt-get install openmpi-bin")
+def test_mpi_starts_the_ranks_where_it_has_to_know_them(tmp_path: Path) -> None:
+    """Real mpirun: equal ranks, the first to save does not end the others, true exit codes."""
+    code = (
+        "import os, signal, sys, time\nstopped = []\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: stopped.append(1))\n"
+        "rank = os.environ['RANK']\n"
+        "assert rank == os.environ['OMPI_COMM_WORLD_RANK'] == os.environ['PMIX_RANK']\n"
+        f"open({str(tmp_path)!r} + '/started.' + rank, 'w').close()\n"
+        "while not stopped: time.sleep(0.05)\n"
+        "time.sleep(2 * int(rank))\n"
+        f"open({str(tmp_path)!r} + '/saved.' + rank, 'w').close()\n"
+        "sys.exit(85)"
+    )
+    process = start_mpi(code, tmp_path)
+    _wait_for(2, tmp_path)
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=60)
+    assert len(list(tmp_path.glob("saved.*"))) == 2, output
+    assert (tmp_path / "member.exit").read_text() == "85", output
+    # Ranks that disagree are refused by each of them, before anything else starts.
+    (tmp_path / "wrong").mkdir()
+    process = start_mpi("raise SystemExit(0)", tmp_path / "wrong", "--node-rank=1")
+    output, _ = process.communicate(timeout=60)
+    assert (tmp_path / "wrong" / "member.exit").read_text() == "2"
+    assert "MPI's rank is 1, torch's would be 3 (node 1, local rank 1 of 2)" in output
+
+
+def test_without_mpi_a_rank_of_it_is_refused(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "nemo_warp.pipeline.ranks", "--mpi", "--master-port=1", "--"]
+    result = subprocess.run([*words, "true"], cwd=ROOT, capture_output=True, text=True,
+                            env=environment.for_steps())  # fmt: skip
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: no MPI rank: TensorRT-LLM needs a process started by")
+
+
+def test_threads_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torchrun does, but for the stages side by side and the step's share of a node, too."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: range(16))
+    monkeypatch.delenv("SLURM_CPUS_ON_NODE", raising=False)
+    assert [threads(n) for n in (1, 4, 16, 64)] == [16, 4, 1, 1]
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", "8")
+    assert threads(2) == 4
+    code = "import os; print(os.environ['OMP_NUM_THREADS'])"
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", "2")
+    assert run(code, 2)[1].split() == ["1", "1"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert run(code, 2)[1].split() == ["7", "7"], "unless it is set"
