@@ -168,7 +168,7 @@ def test_threads_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [threads(n) for n in (1, 4, 16, 64)] == [16, 4, 1, 1]
     monkeypatch.setenv("SLURM_CPUS_ON_NODE", "8")
     assert threads(2) == 4
-    code = "import os; print(os.environ['OMP_NUM_THREADS'])"
+    code = "import os; os.write(1, (os.environ['OMP_NUM_THREADS'] + chr(10)).encode())"
     monkeypatch.setenv("SLURM_CPUS_ON_NODE", "2")
     assert run(code, 2)[1].split() == ["1", "1"]
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
