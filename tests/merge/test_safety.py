@@ -12,10 +12,13 @@ import pytest
 import torch
 from synthetic_checkpoints import read_torch_dist, tiny_weights, write_nemo, write_torch_dist
 
+from nemo_warp.checkpoints.checkpoint import open_checkpoint
 from nemo_warp.checkpoints.errors import CheckpointError
+from nemo_warp.checkpoints.io.open_files import OpenFiles
 from nemo_warp.merge import cli, merge, ranks
 from nemo_warp.merge.publish import renaming
-from nemo_warp.merge.publish.transaction import Transaction
+from nemo_warp.merge.publish.output import Output
+from nemo_warp.merge.publish.transaction import Transaction, contents_of, hidden_folder
 from nemo_warp.records import code_version
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -266,6 +269,31 @@ def test_similar_policies_are_refused_after_a_few_layers(tmp_path):
     other = _save(tmp_path / "other.nemo", policy)
     merge(paths[0], [paths[1], other], str(tmp_path / "out.nemo"))
     assert not list(tmp_path.glob(".*"))
+
+
+def test_merges_that_share_one_of_several_outputs(tmp_path):
+    one, shared, other = (tmp_path / name for name in ("one", "shared", "two"))
+    with Transaction([one, shared], "first"):
+        with pytest.raises(ValueError, match=r"another merge is at work in .*\.shared\.merging"):
+            Transaction([other, shared], "second").__enter__()
+        assert not hidden_folder(other).exists()
+    with Transaction([other, shared], "second"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rank_of_a_dead_merge_writes_nowhere(models, tmp_path):
+    """Its rank 0 is gone, another merge has begun: their files have no name in common."""
+    output = tmp_path / "out.nemo"
+    image = open_checkpoint(models["init"]).image(lambda dtype: dtype)
+    with OpenFiles(os.O_RDWR) as files, Transaction([output], "second") as transaction:
+        transaction.begin()
+        (dead,) = contents_of([output], "of the first")
+        rank = Output(dead, image, True, files)
+        with pytest.raises(FileNotFoundError):
+            rank.write(next(iter(image.tensors.values())).patches[0].record, 0, np.zeros(4, "u1"))
+        assert [path.name for path in hidden_folder(output).iterdir()] != ["of the first"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_leftovers_of_a_launcher_are_told(models, tmp_path, monkeypatch, caplog):

@@ -69,8 +69,8 @@ class Engine:
         self._mergers = ThreadPoolExecutor(workers, "merge")
         self._writer = Writer(outputs, workers, progress)
         self._twice = too_large(plan)
-        threads = workers + WAITING_THREADS
-        self._memory = Memory(max(_largest_kept(plan, self._twice), _some_slabs(plan, threads)))
+        passing = _some_slabs(plan, workers + WAITING_THREADS) if self._twice else 0
+        self._memory = Memory(max(_largest_kept(plan, self._twice), passing))
         self._again = Memory(_some_slabs(plan, workers))  # apart: the next groups wait in the other
 
     def close(self) -> None:
