@@ -7,12 +7,13 @@ nodes that have no torch. Standard library only.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-METHODS = ("slerp", "lerp", "slerp-full")
+METHODS = ("slerp", "karcher", "lerp", "slerp-full")
 GRANULARITIES = ("layer", "tensor", "model")
 DTYPES = ("same", "float32", "bfloat16")
 STOCHASTIC = "stochastic"
@@ -53,7 +54,12 @@ def build_parser(parser: argparse.ArgumentParser | None = None) -> argparse.Argu
     add("--output", required=True, help="a .nemo file or a folder; {eta} is replaced by each eta")
     add("--method", choices=METHODS, default="slerp", help="default: slerp, of task vectors")
     add("--granularity", choices=GRANULARITIES, default="layer", help="what shares one angle")
-    add("--weight", type=float, help="lambda of the second of two policies (default: uniform)")
+    add(
+        "--weight",
+        type=float,
+        nargs="+",
+        help="lambda of the second of two policies, or one share per policy (default: uniform)",
+    )
     add("--eta", type=float, nargs="+", default=[0.3], help="LITI, 0 to 2 (default: 0.3)")
     add("--liti-towards", type=Path, help="interpolate towards this checkpoint, not the init")
     add("--dtype", choices=DTYPES, default="same", help="of the outputs (default: the init's)")
@@ -77,21 +83,51 @@ def build_parser(parser: argparse.ArgumentParser | None = None) -> argparse.Argu
 
 
 def check_numbers(
-    num_policies: int, weight: float | None, workers: int, vocab_size: int | None
+    num_policies: int,
+    weight: float | Sequence[float] | None,
+    workers: int,
+    vocab_size: int | None,
 ) -> None:
     """Refuse numbers that no merge can work with.
 
     Raises:
         ValueError: names the option.
     """
-    if weight is not None and num_policies != 2:
-        raise ValueError(f"--weight needs exactly two policies, found {num_policies}")
-    if weight is not None and not 0.0 <= weight <= 1.0:
-        raise ValueError(f"--weight must lie in [0, 1], found {weight}")
+    check_weight(num_policies, one_weight(weight))
     if workers < 1:
         raise ValueError(f"--workers must be at least 1, found {workers}")
     if vocab_size is not None and vocab_size < 1:
         raise ValueError(f"--vocab-size must be positive, found {vocab_size}")
+
+
+def one_weight(
+    weight: float | Sequence[float] | None,
+) -> float | tuple[float, ...] | None:
+    """``weight`` with a list of one number, as the command line gives it, as that number."""
+    if weight is None or isinstance(weight, int | float):
+        return weight
+    return weight[0] if len(weight) == 1 else tuple(weight)
+
+
+def check_weight(num_policies: int, weight: float | tuple[float, ...] | None) -> None:
+    """Refuse a lambda or shares that do not fit the policies.
+
+    Raises:
+        ValueError: names the option.
+    """
+    if isinstance(weight, tuple):
+        if len(weight) != num_policies or min(weight) < 0.0 or not 0.0 < sum(weight) < math.inf:
+            raise ValueError(
+                f"--weight needs one share >= 0 for each of {num_policies} policies, found "
+                f"{' '.join(f'{share:g}' for share in weight)}"
+            )
+        return
+    if weight is not None and num_policies != 2:
+        raise ValueError(
+            f"--weight needs exactly two policies, or one share per policy; found {num_policies}"
+        )
+    if weight is not None and not 0.0 <= weight <= 1.0:
+        raise ValueError(f"--weight must lie in [0, 1], found {weight}")
 
 
 def check_recipe_arguments(arguments: Sequence[object], num_policies: int) -> None:

@@ -13,6 +13,7 @@ here, apply them element by element. Everything is float64 and numpy; nothing is
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -21,6 +22,12 @@ PARALLEL_RADIANS = 1e-6
 
 OPPOSITE_DEGREES = 175.0
 """Above this angle the great circle is ill defined and coefficients exceed 11."""
+
+
+KARCHER_RADIANS = 1e-14
+"""The iteration for a mean direction ends when its step is smaller."""
+
+MAX_KARCHER_STEPS = 1000
 
 
 class OppositeTaskVectorsError(ValueError):
@@ -62,7 +69,11 @@ def slerp_coefficients(gram: np.ndarray, weight: float) -> tuple[float, float]:
     )
 
 
-def slerpm_coefficients(gram: np.ndarray, weight: float | None = None) -> np.ndarray:
+Weight = float | Sequence[float] | None
+"""Lambda of the second of two policies, or a share per policy (ratios count), or uniform."""
+
+
+def slerpm_coefficients(gram: np.ndarray, weight: Weight = None) -> np.ndarray:
     """Coefficients c [M] with slerpm({delta_m}) = sum_m c_m * delta_m  (B.3, eq. 26).
 
     slerpm of the first m vectors is slerp(slerpm of the first m - 1, delta_m, lambda = 1/m), in
@@ -71,29 +82,96 @@ def slerpm_coefficients(gram: np.ndarray, weight: float | None = None) -> np.nda
 
     Args:
         gram: [M, M] float64 Gram matrix of the task vectors.
-        weight: lambda for M = 2; None means uniform (1/m at step m).
+        weight: see `Weight`; uniform is lambda = 1/m at step m, shares w_m / (w_1 + ... + w_m).
 
     Raises:
-        ValueError: ``weight`` is given for M other than 2.
+        ValueError: ``weight`` does not fit M.
         OppositeTaskVectorsError: see `slerp_coefficients`.
     """
-    _check_weight(len(gram), weight)
+    shares = None if weight is None else policy_shares(len(gram), weight)
     merged = np.zeros(len(gram))
     merged[0] = 1.0
     for m in range(1, len(gram)):
         pair = np.stack([merged, np.eye(len(gram))[m]])
-        step = 1.0 / (m + 1) if weight is None else weight
+        step = 1.0 / (m + 1)
+        if shares is not None and shares[: m + 1].sum() > 0.0:
+            step = shares[m] / shares[: m + 1].sum()
         keep, add = slerp_coefficients(pair @ gram @ pair.T, step)
         merged = keep * pair[0] + add * pair[1]
     return merged
 
 
-def lerp_coefficients(num_policies: int, weight: float | None = None) -> np.ndarray:
-    """Coefficients [M] of the average, or (1 - weight, weight) for two policies (eq. LERP)."""
-    _check_weight(num_policies, weight)
+def karcher_coefficients(gram: np.ndarray, weight: Weight = None) -> np.ndarray:
+    """Coefficients c [M] of the Karcher mean of the task vectors' directions: no order matters.
+
+    The mean m on the unit sphere has sum_i w_i log_m(u_i) = 0; m = sum_i c_i u_i is found by
+    following that sum (Karcher, 1977), all within the span, so that the Gram matrix is enough. The
+    c_i are applied to the task vectors themselves, as SLERP's are: for M = 2 the two are equal. A
+    zero vector keeps its share and has no direction, as there.
+
+    Args:
+        gram: [M, M] float64 Gram matrix of the task vectors.
+        weight: see `Weight`.
+
+    Raises:
+        ValueError: ``weight`` does not fit M, or the directions have no mean (they surround it).
+        OppositeTaskVectorsError: two are more than 175 degrees apart.
+    """
+    shares = policy_shares(len(gram), weight)
+    norms = np.sqrt(np.diag(gram))
+    (found,) = np.nonzero(norms * shares)
+    if len(found) < 2:
+        return shares
+    unit = gram[np.ix_(found, found)] / np.outer(norms[found], norms[found])
+    if math.degrees(math.acos(max(-1.0, unit.min()))) > OPPOSITE_DEGREES:
+        raise OppositeTaskVectorsError(
+            f"two task vectors are more than {OPPOSITE_DEGREES:g} degrees apart: their mean "
+            "direction is undefined; leave one policy out or use lerp"
+        )
+    total = shares[found].sum()
+    result = shares.copy()
+    result[found] = total * _mean_direction(unit, shares[found] / total)
+    return result
+
+
+def _mean_direction(unit: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """[M] coefficients of the unit vector whose logarithms add up to nothing."""
+    mean = shares / math.sqrt(shares @ unit @ shares)
+    for _ in range(MAX_KARCHER_STEPS):
+        cosines = np.clip(unit @ mean, -1.0, 1.0)
+        angles = np.arccos(cosines)
+        far = angles > PARALLEL_RADIANS
+        pull = shares * np.divide(angles, np.sin(angles), out=np.ones_like(angles), where=far)
+        step = pull - (pull @ cosines) * mean
+        length = math.sqrt(max(0.0, step @ unit @ step))
+        if length < KARCHER_RADIANS:
+            return mean
+        mean = math.cos(length) * mean + math.sin(length) / length * step
+        mean /= math.sqrt(mean @ unit @ mean)
+    raise ValueError("the task vectors' directions surround their mean; use slerp or lerp")
+
+
+def policy_shares(num_policies: int, weight: Weight = None) -> np.ndarray:
+    """[M] shares of the policies, which add up to 1.
+
+    Raises:
+        ValueError: a number for other than two policies, another count, or a negative share.
+    """
     if weight is None:
         return np.full(num_policies, 1.0 / num_policies)
-    return np.array([1.0 - weight, weight])
+    if isinstance(weight, int | float):
+        if num_policies != 2:
+            raise ValueError(f"a weight needs exactly two policies, found {num_policies}")
+        return np.array([1.0 - weight, weight])
+    shares = np.array(weight, dtype=np.float64)
+    if len(shares) != num_policies or (shares < 0.0).any() or not 0.0 < shares.sum() < math.inf:
+        raise ValueError(f"{num_policies} policies need as many weights >= 0, found {list(weight)}")
+    return shares / shares.sum()
+
+
+def lerp_coefficients(num_policies: int, weight: Weight = None) -> np.ndarray:
+    """Coefficients [M] of the average, weighted or not (eq. LERP)."""
+    return policy_shares(num_policies, weight)
 
 
 def full_weight_gram(gram: np.ndarray) -> np.ndarray:
@@ -102,11 +180,12 @@ def full_weight_gram(gram: np.ndarray) -> np.ndarray:
     return gram[1:, 1:] + gram[0, 0] + to_init[:, None] + to_init[None, :]
 
 
-def merge_coefficients(method: str, gram: np.ndarray, weight: float | None = None) -> np.ndarray:
+def merge_coefficients(method: str, gram: np.ndarray, weight: Weight = None) -> np.ndarray:
     """Coefficients [1 + M] over (theta_init, theta_1 .. theta_M) of the merged weights, eta = 1.
 
     Args:
-        method: ``slerp`` (of task vectors), ``lerp``, or ``slerp-full`` (of full weights).
+        method: ``slerp`` or ``karcher`` (of task vectors), ``lerp``, or ``slerp-full`` (of full
+            weights).
         gram: [1 + M, 1 + M] float64 Gram matrix of (theta_init, delta_1 .. delta_M).
         weight: see `slerpm_coefficients`.
 
@@ -116,13 +195,17 @@ def merge_coefficients(method: str, gram: np.ndarray, weight: float | None = Non
     """
     if method == "slerp":
         policies = slerpm_coefficients(gram[1:, 1:], weight)
+    elif method == "karcher":
+        policies = karcher_coefficients(gram[1:, 1:], weight)
     elif method == "lerp":
         policies = lerp_coefficients(len(gram) - 1, weight)
     elif method == "slerp-full":
         policies = slerpm_coefficients(full_weight_gram(gram), weight)
         return np.concatenate([[0.0], policies])
     else:
-        raise ValueError(f"unknown merge method {method!r}; choose slerp, lerp or slerp-full")
+        raise ValueError(
+            f"unknown merge method {method!r}; choose slerp, karcher, lerp or slerp-full"
+        )
     return np.concatenate([[1.0 - policies.sum()], policies])
 
 
@@ -137,8 +220,3 @@ def liti_coefficients(merged: np.ndarray, eta: float, towards: int = 0) -> np.nd
     result = eta * merged
     result[towards] += 1.0 - eta
     return result
-
-
-def _check_weight(num_policies: int, weight: float | None) -> None:
-    if weight is not None and num_policies != 2:
-        raise ValueError(f"a weight needs exactly two policies, found {num_policies}")

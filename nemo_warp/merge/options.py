@@ -14,6 +14,7 @@ from nemo_warp.merge_arguments import (
     SOURCES,
     STOCHASTIC,
     check_numbers,
+    one_weight,
 )
 
 MAX_ETA = 2.0
@@ -34,9 +35,10 @@ class MergeOptions:
         init: theta_init, whose format, layout, configuration and artifacts the outputs take.
         policies: theta_1 .. theta_M, in the order of slerpm.
         outputs: eta -> path; a path ending in ``.nemo`` is written as a tar, others as folders.
-        method: ``slerp`` of task vectors, ``lerp``, or ``slerp-full`` of full weights.
+        method: ``slerp`` or ``karcher`` of task vectors, ``lerp``, or ``slerp-full`` of full
+            weights.
         granularity: what shares one angle: ``layer``, ``tensor`` or ``model``.
-        weight: lambda of the second of two policies; None is uniform.
+        weight: lambda of the second of two policies, or a share per policy; None is uniform.
         liti_towards: interpolate towards this checkpoint instead of the init.
         dtype: ``same`` as the init per tensor, ``float32`` or ``bfloat16``.
         rounding: ``nearest``, or seeded ``stochastic`` for bfloat16 outputs.
@@ -57,7 +59,7 @@ class MergeOptions:
     outputs: dict[float, Path]
     method: str = "slerp"
     granularity: str = "layer"
-    weight: float | None = None
+    weight: float | tuple[float, ...] | None = None
     liti_towards: Path | None = None
     dtype: str = "same"
     rounding: str = "nearest"
@@ -73,6 +75,7 @@ class MergeOptions:
     overwrite: bool = False
 
     def __post_init__(self):
+        object.__setattr__(self, "weight", one_weight(self.weight))
         _one_of("method", self.method, METHODS)
         _one_of("granularity", self.granularity, GRANULARITIES)
         _one_of("dtype", self.dtype, DTYPES)

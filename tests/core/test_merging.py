@@ -7,6 +7,7 @@ import pytest
 
 from nemo_warp.core.merging import (
     OppositeTaskVectorsError,
+    karcher_coefficients,
     lerp_coefficients,
     liti_coefficients,
     merge_coefficients,
@@ -135,3 +136,46 @@ def test_weights_need_two_policies():
             function()
     with pytest.raises(ValueError, match="unknown merge method"):
         merge_coefficients("ties", np.eye(3))
+
+
+def test_karcher_of_two_is_slerp_also_with_weights_and_a_zero_vector():
+    for a, b in (([2, 0, 1], [0, 3, 1]), ([1, 0, 0], [0.9, 0.1, 0]), ([0, 0, 0], [1, 2, 3])):
+        for weight in (None, 0.2, (3, 1)):
+            gram = gram_of(a, b)
+            assert karcher_coefficients(gram, weight) == pytest.approx(
+                slerpm_coefficients(gram, weight), rel=1e-12
+            )
+
+
+def test_karcher_needs_no_order_and_solves_its_equation():
+    """At the mean, the weighted logarithms of the directions add up to zero (vectors, no Gram)."""
+    vectors = np.random.default_rng(0).normal(size=(4, 50)) + 0.3
+    shares = np.array([0.1, 0.2, 0.3, 0.4])
+    found = karcher_coefficients(gram_of(*vectors), shares)
+    order = [2, 0, 3, 1]
+    shuffled = karcher_coefficients(gram_of(*vectors[order]), shares[order])
+    assert shuffled == pytest.approx(found[order], rel=1e-12)
+    units = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    mean = found @ units
+    assert np.linalg.norm(mean) == pytest.approx(1.0, rel=1e-12)
+    angles = np.arccos(units @ mean)
+    logarithms = (angles / np.sin(angles))[:, None] * (units - np.outer(units @ mean, mean))
+    assert np.linalg.norm(shares @ logarithms) < 1e-12
+
+
+def test_karcher_refuses_opposite_directions():
+    with pytest.raises(OppositeTaskVectorsError):
+        karcher_coefficients(gram_of([1, 0], [-1, 1e-3]))
+
+
+def test_shares_of_three_policies_are_the_recursion_with_their_ratios():
+    gram = gram_of([1, 0, 0], [0, 2, 0], [0, 1, 3])
+    even = slerpm_coefficients(gram, (2, 2, 2))
+    assert even == pytest.approx(slerpm_coefficients(gram), rel=1e-14)
+    assert slerpm_coefficients(gram, (1, 1, 0)) == pytest.approx(
+        [*slerpm_coefficients(gram[:2, :2]), 0.0], rel=1e-14
+    )
+    assert lerp_coefficients(3, (2, 1, 1)) == pytest.approx([0.5, 0.25, 0.25])
+    for wrong in ((1, 1), (1, -1, 1), (0, 0, 0)):
+        with pytest.raises(ValueError, match="weights"):
+            lerp_coefficients(3, wrong)
