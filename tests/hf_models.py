@@ -27,6 +27,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"model_type": "mistral", "head_dim": 32, "sliding_window": None},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True, "rope_theta": 1000000.0},
     "gemma": {"model_type": "gemma", "num_key_value_heads": 1, "head_dim": 32},
+    "gemma2": {
+        **{"model_type": "gemma2", "num_key_value_heads": 2, "head_dim": 32},
+        **{"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0, "sliding_window": 64},
+        "query_pre_attn_scalar": 24,
+    },
 }
 """Name -> keys of its configuration over tiny sizes."""
 

@@ -54,7 +54,7 @@ def _count(archive: Archive, tokenizer: dict[str, Any]) -> int | None:
     library = tokenizer.get("library")
     if library == "sentencepiece":
         legacy = tokenizer.get("sentencepiece_legacy") and tokenizer.get("special_tokens")
-        return None if legacy else _count_pieces(_artifact(archive, tokenizer.get("model")))
+        return None if legacy else count_pieces(_artifact(archive, tokenizer.get("model")))
     if library == "megatron":
         return len(json.loads(_artifact(archive, tokenizer.get("vocab_file"))))
     return None
@@ -70,7 +70,7 @@ def _artifact(archive: Archive, reference: Any) -> bytes:
     return archive.read(name)
 
 
-def _count_pieces(model: bytes) -> int:
+def count_pieces(model: bytes) -> int:
     """Number of ``pieces`` (field 1) in a serialized SentencePiece ModelProto."""
     count = sum(1 for field in _fields(model) if field == 1)
     if count == 0:
