@@ -61,7 +61,7 @@ def _our_trainer(config: Any, size: Size) -> Any:
     from nemo_warp.aligner.weights.anchor import EmaAnchor
 
     policy, _ = build_policy(config, size.batch, config.run.total_steps)
-    anchor = EmaAnchor(policy.model, config.algorithm.ema_update_rate)
+    anchor = EmaAnchor(policy.other_weights(None), config.algorithm.ema_update_rate)
     trainer = WarpReinforceTrainer(
         config=config,
         model=policy.model,

@@ -112,7 +112,7 @@ def build_trainer(config: Any) -> Any:
     policy, _ = build_policy(config, batch // rollout.updates_per_rollout, config.run.total_steps)
     moving = None
     if config.algorithm.anchor == "ema":
-        moving = EmaAnchor(policy.model, config.algorithm.ema_update_rate)
+        moving = EmaAnchor(policy.other_weights(None), config.algorithm.ema_update_rate)
     static = policy.other_weights(None) if config.algorithm.anchor == "sft" else None
     return WarpReinforceTrainer(
         config=config,
@@ -132,10 +132,14 @@ def build_trainer(config: Any) -> Any:
 
 def local_tensors(model: Any) -> list[tuple[str, tuple, tuple, np.ndarray]]:
     """(key, global shape, offset, values) of this rank's part of every logical tensor, float32."""
+    return state_tensors(model.sharded_state_dict())
+
+
+def state_tensors(state: dict[str, Any]) -> list[tuple[str, tuple, tuple, np.ndarray]]:
+    """As `local_tensors`, of a sharded state dict."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
-    state = model.sharded_state_dict()
     apply_factories(state)
     parts = []
     for entry in nested_values(state):

@@ -90,7 +90,7 @@ def build_member(config: Any, texts: dict[str, list[str]], stop: StopRequest) ->
     sft = policy.other_weights(shards.get(config.sft), offload)
     anchor = None
     if config.algorithm.anchor == "ema":
-        anchor = EmaAnchor(model, config.algorithm.ema_update_rate, offload)
+        anchor = EmaAnchor(policy.other_weights(None, offload), config.algorithm.ema_update_rate)
     reference = {"ema": anchor and anchor.weights, "sft": sft, "none": None}
     state = _resume(config, policy, anchor)
     rewards = RewardSource(config, config.run.name)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerBuilder
+from nemo.utils import logging
 from nemo_aligner.utils.train_script_utils import (
     extract_optimizer_scheduler_from_ptl_model,
     init_distributed,
@@ -19,6 +20,7 @@ from omegaconf import DictConfig
 
 from nemo_warp.aligner.policy.actor import WarpActorModel
 from nemo_warp.aligner.policy.nemo_config import nemo_config
+from nemo_warp.aligner.weights.masters import reachable_masters, set_masters
 from nemo_warp.aligner.weights.sharded import ShardedWeights
 
 
@@ -29,10 +31,13 @@ class Policy:
     model: WarpActorModel
     optimizer: Any
     scheduler: Any
+    shard: torch.Tensor | None = None
+    """This rank's fp32 slice of ``config.init`` as the file has it; None: the parameters' own."""
 
     def other_weights(self, shard: torch.Tensor | None, offload: bool = False) -> ShardedWeights:
-        """Weights for this model from a slice of `read_shards`; its own if None."""
+        """Weights for this model from a slice that `build_policy` read; those of init if None."""
         weights = ShardedWeights(self.model, offload)
+        shard = self.shard if shard is None else shard
         if shard is not None:
             weights.shard.copy_(shard)
         return weights
@@ -58,19 +63,32 @@ def build_policy(
     shards = {}
     for path in dict.fromkeys(others):
         model = _restore(trees[path].model, trainer, path)
-        shards[path] = ShardedWeights(model).shard.clone()
+        shards[path] = _file_shard(model, path)
+        if shards[path] is None:
+            shards[path] = ShardedWeights(model).shard.clone()
         del model
         gc.collect()
     model = _restore(trees[config.init].model, trainer, config.init)
     placeholder = torch.utils.data.DataLoader([0])  # NeMo wants one; nothing reads it
     init_using_ptl(trainer, model, placeholder, placeholder.dataset)
     optimizer, scheduler = extract_optimizer_scheduler_from_ptl_model(model)
-    return Policy(model, optimizer, scheduler), shards
+    policy = Policy(model, optimizer, scheduler, _file_shard(model, config.init))
+    if policy.shard is not None and reachable_masters(model):
+        set_masters(model, policy.other_weights(None))
+    return policy, shards
+
+
+def _file_shard(model: WarpActorModel, path: str) -> torch.Tensor | None:
+    shard, model.file_shard = model.file_shard, None
+    if shard is None and any(p.dtype != torch.float32 for p in model.parameters()):
+        logging.warning(f"{path} is no distributed checkpoint: its weights are read rounded")
+    return shard
 
 
 def _restore(model_config: DictConfig, trainer: Any, path: str) -> WarpActorModel:
     model = load_from_nemo(
         WarpActorModel, model_config, trainer, strict=True, restore_path=str(Path(path))
     )
+    model.restored = True  # formats other than Megatron's do not tell the model
     init_distributed(trainer, model, model_config.get("transformer_engine", False))
     return model

@@ -66,6 +66,9 @@ def _model_overrides(
         "peft": {"peft_scheme": "none"},
         "data": {"reset_position_ids": False, "reset_attention_mask": False},
         "gradient_as_bucket_view": True,
+        # NeMo's wrapper for adam under O2 would reduce after every micro batch, and clip a gradient
+        # whose reduction may be under way still (it waits in its step, after the clipping).
+        "async_grad_allreduce": False,
         "dist_ckpt_format": "torch_dist",
         "optim": _optimizer(plain["optim"], max_steps),
         "reinforce": _reinforce(plain, longest_prompt),

@@ -25,15 +25,14 @@ class EmaAnchor:
     """Exponential moving average of the policy.
 
     Args:
-        model: starts from its present weights.
+        weights: what it starts from, and then owns.
         update_rate: mu in [0, 1]; 0 is a static anchor, 1 follows the policy exactly.
-        offload: see `ShardedWeights`.
     """
 
-    def __init__(self, model: Any, update_rate: float, offload: bool = False) -> None:
+    def __init__(self, weights: ShardedWeights, update_rate: float) -> None:
         if not 0.0 <= update_rate <= 1.0:
             raise ValueError(f"ema_update_rate is {update_rate}, expected 0 to 1")
-        self.weights = ShardedWeights(model, offload)
+        self.weights = weights
         self.update_rate = update_rate
         self._reset_probe()
 

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
-from nemo.collections.nlp.parts.nlp_overrides import MainParamsOptimizerWrapper
 from nemo.utils.callbacks.dist_ckpt_io import DistributedCheckpointIO
 
-from nemo_warp.aligner.weights.sharded import ShardedWeights, model_parameters
+from nemo_warp.aligner.weights.masters import copy_masters, has_masters, reachable_masters
+from nemo_warp.aligner.weights.sharded import ShardedWeights
 from nemo_warp.records import fsync_directory
 
 _WEIGHTS = "model_weights"
@@ -51,57 +50,28 @@ def export_policy(model: Any, source: Path, output: Path, dtype: str, checkpoint
     torch.distributed.barrier()
 
 
-def has_masters(model: Any) -> bool:
-    """Whether the optimizer keeps fp32 weights beside lower-precision parameters."""
-    optimizer = model.optimizers(use_pl_optimizer=False)
-    wrapped = isinstance(optimizer, MainParamsOptimizerWrapper) or model.with_distributed_adam
-    return bool(wrapped) and any(p.dtype != torch.float32 for p in model.parameters())
-
-
 def _state_in(model: Any, dtype: str, checkpoint: Path) -> dict[str, Any]:
     """The policy's sharded state in the dtype that is wanted."""
     if dtype == "same":
         return model.sharded_state_dict()
+    if dtype == "float32" and reachable_masters(model):
+        return copy_masters(model).sharded_state_dict("", torch.float32)
     weights = ShardedWeights(model)
-    if dtype == "float32" and model.use_mcore_dist_optim:
-        weights.take_(_distributed_masters(model))
-    elif dtype == "float32" and has_masters(model):
-        template = weights.sharded_state_dict("")
-        template = {k: v for k, v in template.items() if not k.endswith("_extra_state")}
-        for tensor in template.values():
-            tensor.key = _MASTER_PREFIX + tensor.key
-        loaded = model.trainer.strategy.checkpoint_io.load_checkpoint(
-            str(checkpoint), sharded_state_dict={"masters": template}
-        )
-        weights.load_state_dict_(loaded["masters"], "", strict=False)
+    if dtype == "float32" and has_masters(model):
+        _load_masters(model, weights, checkpoint)
     return weights.sharded_state_dict("", _DTYPES[dtype])
 
 
-@torch.no_grad()
-def _distributed_masters(model: Any) -> dict[int, torch.Tensor]:
-    """fp32 weights of Megatron's distributed optimizer, by ``id`` of their parameter. Collective.
-
-    Each data-parallel rank holds a range of each parameter. In a checkpoint they lie flattened,
-    which Megatron-core 0.11 does not load into whole tensors; so they are put together here.
-    """
-    optimizer = model.optimizers(use_pl_optimizer=False).mcore_optimizer
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    ranges = {
-        parameter: places["param"]
-        for buffer in optimizer.gbuf_ranges
-        for buckets in buffer.values()
-        for bucket in buckets
-        for parameter, places in bucket["param_map"].items()
-    }
-    masters = {}
-    for parameter in model_parameters(model):
-        whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
-        if (place := ranges.get(parameter)) is not None:
-            main = optimizer._get_main_param_and_optimizer_states(parameter)["param"]
-            whole[place.start : place.end] = main
-        torch.distributed.all_reduce(whole, group=group)
-        masters[id(parameter)] = whole.view(parameter.shape)
-    return masters
+def _load_masters(model: Any, weights: ShardedWeights, checkpoint: Path) -> None:
+    """Masters of apex, from the training checkpoint, where they lie as whole tensors."""
+    template = weights.sharded_state_dict("")
+    template = {k: v for k, v in template.items() if not k.endswith("_extra_state")}
+    for tensor in template.values():
+        tensor.key = _MASTER_PREFIX + tensor.key
+    loaded = model.trainer.strategy.checkpoint_io.load_checkpoint(
+        str(checkpoint), sharded_state_dict={"masters": template}
+    )
+    weights.load_state_dict_(loaded["masters"], "", strict=False)
 
 
 def _pack(source: Path, folder: Path, output: Path) -> None:

@@ -126,6 +126,52 @@ def test_layouts_agree_to_bf16(materials, tmp_path):
             assert lab.relative_error(weights[key], end[key]) < 2**-6, (name, key)
 
 
+def finer_than_bf16(materials, path):
+    """An init whose weights bf16 cannot hold: each a quarter of a bf16 step off."""
+    from nemo_warp.aligner.weights.export import export_policy
+
+    model = lab.build_trainer(lab.member_config(materials, path.parent)).model
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16().float() * (1 + 2.0**-10))
+    export_policy(model, materials.sft, path, "same", path.parent)
+    return lab.local_tensors(model)
+
+
+def started(materials, path, layout, optimizer):
+    """What a member in bf16 starts from: parameters, masters, anchor, and an SFT copy."""
+    from nemo_warp.aligner.policy.build import build_policy
+    from nemo_warp.aligner.weights.masters import copy_masters
+
+    config = _config(materials, path.parent, layout, optimizer, also=[f"init={path}"])
+    policy, shards = build_policy(config, 8, 4, (str(materials.sft),))
+    model = policy.model
+    sft = policy.other_weights(shards[str(materials.sft)])
+    views = {"masters": copy_masters(model), "anchor": policy.other_weights(None), "sft": sft}
+    parts = {"policy": lab.local_tensors(model)}
+    for name, weights in views.items():
+        parts[name] = lab.state_tensors(weights.sharded_state_dict(""))
+    return parts
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(2), Layout(1, 2), Layout(1, 1, 2)], ids=str)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_masters_anchor_and_sft_start_from_the_files_own_precision(
+    materials, tmp_path, optimizer, layout
+):
+    path = tmp_path / "init.nemo"
+    expected = lab.assemble(run_ranks(finer_than_bf16, 1, materials, path))
+    ranks = run_ranks(started, layout.ranks, materials, path, layout, optimizer)
+    found = {name: lab.assemble([rank[name] for rank in ranks]) for name in ranks[0]}
+    for key, values in expected.items():
+        assert np.array_equal(found["masters"][key], values), key
+        assert np.array_equal(found["anchor"][key], values), key
+        assert np.array_equal(
+            found["policy"][key], torch.from_numpy(values).bfloat16().float().numpy()
+        ), key
+        assert not np.array_equal(found["sft"][key], found["policy"][key]), key
+
+
 def poisoned(materials, directory):
     """A gradient that is not finite, twice, then good ones; then too many."""
     config = _config(materials, directory, Layout(), "adam", also=["run.max_skipped_updates=3"])
