@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from nemo_warp import yaml_text
+from nemo_warp.aligner.entry.allowed_settings import check_settings
 from nemo_warp.aligner.entry.engine import engine_batch_size
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.meaning import check_same_meaning, read_meaning
@@ -156,7 +157,8 @@ def _model_config_text(path: Path) -> bytes:
 
 
 def check_layout(model: dict[str, Any], config: Any, path: Path) -> None:
-    """Refuse tensor and pipeline sizes that do not divide the model, and adapters."""
+    """Refuse sizes that do not divide the model, adapters, and settings that are wrong here."""
+    check_settings(model, config, path)
     tp, pp = config.model.tensor_model_parallel_size, config.model.pipeline_model_parallel_size
     heads = model.get("num_attention_heads")
     groups = model.get("num_query_groups") or heads

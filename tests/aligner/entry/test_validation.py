@@ -141,3 +141,30 @@ def test_entry_point_says_it_in_one_line_without_nemo(tmp_path):
     assert result.returncode == 2
     assert result.stderr.startswith("error: unknown key 'algorithm.ema_update_rte'")
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("context_parallel_size", 2, "log-probabilities would be wrong"),
+        ("enable_cuda_graph", True, "the KL would be 0 always"),
+        ("fp8", True, "not changed when weights are swapped"),
+        ("virtual_pipeline_model_parallel_size", 2, "one model chunk"),
+        ("ub_tp_comm_overlap", True, "one fixed sequence length"),
+        ("rampup_batch_size", [8, 8, 100], "prompts_per_step"),
+    ],
+)
+def test_settings_that_a_checkpoint_brings_along(tmp_path, files, key, value, said):
+    """They would run, and give wrong numbers; a recipe can switch them off."""
+    inherited = write_checkpoint(tmp_path / "inherited.nemo", **{key: value})
+    materials = Materials(inherited, files.other, files.train, files.heldout)
+    with pytest.raises(ValueError, match=rf"{key} of .*inherited.nemo.*{said}.*model.extra.{key}"):
+        check_member(member_config(materials, tmp_path))
+    off = member_config(materials, tmp_path, model={"extra": {key: None}, "megatron_amp_O2": False})
+    check_member(off)
+
+
+def test_optimizer_settings_that_work_against_swapped_weights(tmp_path, files):
+    config = member_config(files, tmp_path, also=["optim.extra.overlap_param_sync=true"])
+    with pytest.raises(ValueError, match=r"overlap_param_sync of optim\.extra.*put in their place"):
+        check_member(config)
