@@ -60,7 +60,7 @@ def build_parser(parser: argparse.ArgumentParser | None = None) -> argparse.Argu
         nargs="+",
         help="lambda of the second of two policies, or one share per policy (default: uniform)",
     )
-    add("--eta", type=float, nargs="+", default=[0.3], help="LITI, 0 to 2 (default: 0.3)")
+    add("--eta", type=float, nargs="+", default=[0.3], help="LITI, -2 to 2 (default: 0.3)")
     add("--liti-towards", type=Path, help="interpolate towards this checkpoint, not the init")
     add("--dtype", choices=DTYPES, default="same", help="of the outputs (default: the init's)")
     add("--rounding", choices=ROUNDINGS, default="nearest", help="stochastic keeps small updates")

@@ -33,6 +33,8 @@ MERGEABLE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 PROVENANCE = "warp_merge.json"
 WEIGHTS = "model_weights"
 _QUANTISED = (torch.int8, torch.uint8)
+TRACKER = "latest_checkpointed_iteration.txt"
+_MAX_TRACKER_BYTES = 32
 _UNFINISHED, _LEVELS = "-unfinished", 3
 _MARKS = ("model_config.yaml", "metadata.json", FILE)
 
@@ -108,11 +110,14 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a ``.nemo`` (tar or directory) or a training checkpoint directory.
+    """Open a ``.nemo`` (tar or directory), a training checkpoint or a Hugging Face folder.
+
+    A folder of Megatron-LM's or Megatron-Bridge's iterations is the one that its tracker names.
 
     Raises:
         CheckpointError: missing, unfinished, damaged, hostile, or of a kind that is not supported.
     """
+    path = tracked_iteration(path)
     _refuse_unfinished(path)
     archive = open_archive(path)
     names = {PurePosixPath(name).name for name in archive.members}
@@ -129,6 +134,24 @@ def open_checkpoint(path: Path) -> Checkpoint:
     kind, weights, store = _open_store(archive, config)
     _refuse_unmergeable(path, store)
     return Checkpoint(path, kind, archive, weights, store, config)
+
+
+def tracked_iteration(path: Path) -> Path:
+    """The ``iter_…`` folder that a tracker in ``path`` names; ``path`` itself without one.
+
+    Raises:
+        CheckpointError: the tracker names no folder that is there.
+    """
+    tracker = path / TRACKER
+    if not tracker.is_file():
+        return path
+    found = tracker.read_bytes()[:_MAX_TRACKER_BYTES].decode(errors="replace").strip()
+    number = f"iter_{int(found):07d}" if found.isascii() and found.isdigit() else found
+    if number != "release" and not number.startswith("iter_"):
+        raise CheckpointError(f"{tracker} names {found!r}, which is neither a number nor 'release'")
+    if not (path / number).is_dir():
+        raise CheckpointError(f"{tracker} names {number}, which is not in {path}")
+    return path / number
 
 
 def _open_store(archive: Archive, config: dict[str, Any]) -> tuple[str, str, Store]:

@@ -88,8 +88,8 @@ class MergeOptions:
         if self.memory_gb is not None and not self.memory_gb > 0:
             raise ValueError(f"--memory-gb must be positive, found {self.memory_gb}")
         for eta in self.outputs:
-            if not 0.0 <= eta <= MAX_ETA:
-                raise ValueError(f"--eta must lie in [0, {MAX_ETA:g}], found {eta:g}")
+            if not -MAX_ETA <= eta <= MAX_ETA:
+                raise ValueError(f"--eta must lie in [{-MAX_ETA:g}, {MAX_ETA:g}], found {eta:g}")
         self._check_paths()
 
     def _check_paths(self) -> None:
