@@ -57,9 +57,9 @@ def final_state(config_path, checkpoint):
         anchor = lab.local_tensors(trainer.model)
     adam = [
         (state["exp_avg"].numpy(), state["exp_avg_sq"].numpy(), float(state["step"]))
-        for state in trainer.optimizer.state.values()
+        for state in trainer.updater.optimizer.state.values()
     ]
-    return weights, anchor, adam, trainer.scheduler.state_dict()["last_epoch"]
+    return weights, anchor, adam, trainer.updater.scheduler.state_dict()["last_epoch"]
 
 
 @pytest.fixture(scope="module")
