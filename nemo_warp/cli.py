@@ -28,6 +28,8 @@ COMMANDS = {
     "report": ("nemo_warp.reporting.report", "one page of everything a run has measured"),
     "compare": ("nemo_warp.reporting.compare", "two policies side by side, or runs over seeds"),
     "keys": ("nemo_warp.keys", "every configuration key: type, default, range, meaning"),
+    "logs": ("nemo_warp.pipeline.commands.logs", "what a stage printed; -f follows it"),
+    "clean": ("nemo_warp.pipeline.commands.clean", "remove what a run needs no more"),
     "doctor": ("nemo_warp.doctor", "what is installed, what is missing and how to get it"),
 }
 """Subcommand -> the module that implements it and its line in ``nemo-warp --help``."""
@@ -48,7 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from nemo_warp.records import RecordError  # needs that Python
 
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    args = _parser(arguments).parse_args(arguments)
+    parser = _parser(arguments)
+    args, rest = parser.parse_known_args(arguments)
+    # argparse takes no more key=value after an option that follows the first of them
+    if not hasattr(args, "overrides") or any(w.startswith("-") or "=" not in w for w in rest):
+        args = parser.parse_args(arguments)
+    else:
+        args.overrides = [*args.overrides, *rest]
     try:
         return args.main(args)
     except ValueError as error:

@@ -202,4 +202,11 @@ class Recipe:
     cluster_overrides: dict[str, Any] = key({}, "of that file", of=Cluster)
     resources: Resources = section(Resources)
     estimate: Estimate = section(Estimate)
+    retention: str = key(
+        "all", "evaluated: optimizer checkpoints go once their iteration is merged and evaluated",
+        choices=("all", "evaluated"),
+    )  # fmt: skip
+    notify: str | None = key(
+        None, "a command, or a URL to POST to, on failed, stopped and done", nonempty=True
+    )
     commands: Commands = section(Commands)

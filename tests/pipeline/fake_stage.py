@@ -91,8 +91,9 @@ def member(directory: Path, run: Path, config: dict) -> int:
     init = Path(config["init"]).read_text()
     salt = os.environ.get("FAKE_SALT", "")
     (directory / "policy.nemo").write_text(digest("member", init, seed, steps, salt))
-    order = digest("order", 0 if os.environ.get("FAKE_TWINS") else seed)
-    details = {"step": steps, "total_steps": steps, "seed": seed, "prompt_order_hash": order}
+    told = 0 if os.environ.get("FAKE_TWINS") else seed
+    order = digest("order", told)
+    details = {"step": steps, "total_steps": steps, "seed": told, "prompt_order_hash": order}
     complete(directory, ["policy.nemo"], "member", details)
     return 0
 

@@ -35,6 +35,18 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_redo(parser: argparse.ArgumentParser) -> None:
+    """The arguments of commands that go on with a run."""
+    parser.add_argument(
+        "--redo", action="store_true",
+        help="the recipe or an input was changed: make finished stages that it changes again",
+    )  # fmt: skip
+    parser.add_argument(
+        "--other-code", action="store_true",
+        help="go on in the middle of an iteration with another version of nemo_warp",
+    )  # fmt: skip
+
+
 def load(args: argparse.Namespace, files_here: bool = True) -> Recipe:
     """The recipe the arguments name."""
     return load_recipe(args.recipe, args.overrides, files_here)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 from nemo_warp.pipeline.launch import slurm_jobs
 from nemo_warp.pipeline.recipe.load import Recipe
@@ -10,6 +12,8 @@ from nemo_warp.pipeline.recipe.plan import EVALUATION, FRONT, MEMBER
 
 _CHECKPOINT_BYTES = 2 + 4 + 8 + 4
 """Per parameter: bf16 weights, fp32 masters, two Adam moments, the fp32 anchor."""
+_PARTS_OF_A_STEP = ("rollout", "train", "evaluation", "save")
+"""Of a record of timings.jsonl: what together is a step; the other parts are inside of these."""
 _POLICY_BYTES = {"same": 2, "bfloat16": 2, "float32": 4}
 
 
@@ -35,11 +39,10 @@ class Cost:
 
 def costs(recipe: Recipe) -> dict[str, Cost]:
     """Cost of the members of each iteration (``members of iteration 1``) and of the evaluations."""
-    assumed = recipe.values["estimate"]
     members, found = recipe.values["members"], {}
     for iteration in range(1, recipe.values["iterations"] + 1):
-        hours = _hours(assumed["seconds_per_step"], recipe.total_steps(iteration))
-        nodes, gpus = _shape(recipe, MEMBER)
+        hours = member_hours(recipe, iteration)
+        nodes, gpus = _shape(recipe, MEMBER, iteration)
         found[f"members of iteration {iteration}"] = Cost(members, nodes, gpus, hours)
     iterations = recipe.values["iterations"]
     points = sum(recipe.num_points(i) for i in range(1, iterations + 1)) / iterations
@@ -48,9 +51,61 @@ def costs(recipe: Recipe) -> dict[str, Cost]:
         ("final front", FRONT, 1, len(recipe.values["front"]["kappas"])),
     ):
         nodes, gpus = _shape(recipe, kind)
-        hours = _hours(assumed["evaluation_seconds_per_point"], number)
-        found[name] = Cost(jobs, nodes, gpus, hours)
+        found[name] = Cost(jobs, nodes, gpus, _hours(seconds_each(recipe, kind), number))
     return found
+
+
+def seconds_each(recipe: Recipe, kind: str) -> float | None:
+    """Of a member's step or an evaluation's point, as the recipe's ``estimate`` has it."""
+    key = "seconds_per_step" if kind == MEMBER else "evaluation_seconds_per_point"
+    return recipe.values["estimate"][key]
+
+
+def member_hours(recipe: Recipe, iteration: int) -> float | None:
+    """Hours of one member of ``iteration``."""
+    return _hours(seconds_each(recipe, MEMBER), recipe.total_steps(iteration))
+
+
+def wall_hours(recipe: Recipe) -> float | None:
+    """From start to end if nothing waits in a queue; merges, which take minutes, are left out.
+
+    An iteration's evaluation runs beside the next one's members; the last one beside the front.
+    """
+    values, launcher = recipe.values, recipe.values["launcher"]
+    local = launcher["kind"] == "local"
+    at_a_time = launcher["side_by_side"] if local else launcher["throttle"] or values["members"]
+    waves = -(-values["members"] // at_a_time)
+    iterations = range(1, values["iterations"] + 1)
+    members = [member_hours(recipe, iteration) for iteration in iterations]
+    each = seconds_each(recipe, EVALUATION)
+    if None in members or each is None:
+        return None
+    points = max(recipe.num_points(values["iterations"]), len(values["front"]["kappas"]))
+    return waves * sum(hours or 0.0 for hours in members) + each * points / 3600
+
+
+def measured_seconds(timings: Path) -> float:
+    """Seconds per step of an earlier run.
+
+    Args:
+        timings: a member's ``timings.jsonl``, or a directory with any number of them below it.
+
+    Raises:
+        ValueError: there are none, or they hold no step.
+    """
+    files = [timings] if timings.is_file() else sorted(timings.rglob("timings.jsonl"))
+    steps, seconds = 0, 0.0
+    for file in files:
+        for number, line in enumerate(file.read_text().split("\n")[:-1], start=1):
+            try:
+                record = json.loads(line)
+                seconds += sum(record.get(part) or 0.0 for part in _PARTS_OF_A_STEP)
+                steps += 1
+            except (ValueError, AttributeError, TypeError) as error:
+                raise ValueError(f"{file}, line {number} is no timing ({error})") from None
+    if not steps or not seconds:
+        raise ValueError(f"{timings} holds no timings.jsonl with steps; give a member's, or a run")
+    return seconds / steps
 
 
 def disk_bytes(recipe: Recipe) -> dict[str, int] | None:
@@ -60,10 +115,12 @@ def disk_bytes(recipe: Recipe) -> dict[str, int] | None:
         return None
     values = recipe.values
     runs = values["iterations"] * values["members"]
+    # With retention, this iteration's and those of the one before, which is being evaluated.
+    kept = min(runs, 2 * values["members"]) if values["retention"] == "evaluated" else runs
     keep, dtype = values["member"]["run"]["keep_checkpoints"], values["member"]["export"]["dtype"]
     merged = _POLICY_BYTES["float32" if "float32" in values["merge"]["arguments"] else "same"]
     return {
-        "training checkpoints": int(parameters * _CHECKPOINT_BYTES * keep * runs),
+        "training checkpoints": int(parameters * _CHECKPOINT_BYTES * keep * kept),
         "policies": int(parameters * _POLICY_BYTES[dtype] * runs),
         "merged": int(parameters * merged * (2 * values["iterations"] + 1)),
     }
@@ -73,9 +130,23 @@ def _hours(seconds_each: float | None, number: float) -> float | None:
     return None if seconds_each is None else seconds_each * number / 3600
 
 
-def _shape(recipe: Recipe, kind: str) -> tuple[int, int]:
+def _shape(recipe: Recipe, kind: str, iteration: int = 0) -> tuple[int, int]:
     """Nodes and GPUs of one job."""
     if recipe.values["launcher"]["kind"] == "slurm":
-        job = slurm_jobs.job_shape(recipe, kind)
+        job = slurm_jobs.job_shape(recipe, kind, iteration)
         return job.nodes, job.nodes * job.gpus_per_node
     return 1, len(recipe.values["launcher"]["gpus"]) // recipe.values["launcher"]["side_by_side"]
+
+
+def size(number: float) -> str:
+    """Bytes for people, in powers of 1000."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{rounded(number)} {unit}"
+        number /= 1000
+    return f"{number:.2f} TB"
+
+
+def rounded(value: float) -> str:
+    """Three digits, or all those before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

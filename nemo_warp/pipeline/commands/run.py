@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Mapping
+from pathlib import Path
 
 from nemo_warp import exit_codes
-from nemo_warp.pipeline.commands.common import EXIT_CODES, add_recipe, in_words, load
+from nemo_warp.pipeline.commands import housekeeping
+from nemo_warp.pipeline.commands.checks import check_before_start
+from nemo_warp.pipeline.commands.common import EXIT_CODES, add_recipe, add_redo, in_words, load
+from nemo_warp.pipeline.commands.notify import notify
 from nemo_warp.pipeline.commands.view import Live
-from nemo_warp.pipeline.disk import locks
+from nemo_warp.pipeline.disk import attempts, locks
 from nemo_warp.pipeline.disk.opening import open_run
+from nemo_warp.pipeline.disk.state import StageState
+from nemo_warp.pipeline.launch import slurm_jobs
 from nemo_warp.pipeline.launch.local import LocalDriver
 from nemo_warp.pipeline.launch.rounds import run_round
-from nemo_warp.pipeline.recipe.load import Recipe
-from nemo_warp.pipeline.recipe.validate import check_counts, check_files, check_prompts
+from nemo_warp.pipeline.recipe.load import Recipe, load_recipe
+from nemo_warp.pipeline.recipe.plan import merge_name
+from nemo_warp.records import code_version
 
 EPILOG = f"""\
 What is on disk decides what is left to do, so run it as often as you like: what is done is not
 done again. On this machine (launcher.kind=local) it works until the recipe is done. Under Slurm
 it submits what is missing, and the job that will do the next round, and returns.
 
+A recipe may be changed in between (another eta, one more iteration, a mended reward): what the
+change does not touch stays. If it would redo finished stages, `run` names them and refuses; with
+--redo it makes them again. What they were goes to superseded/.
+
   nemo-warp run recipes/tiny
   nemo-warp run recipes/tiny iterations=1 launcher.side_by_side=1
+  nemo-warp run recipes/tiny iterations=3 --redo
   nemo-warp run recipes/gemma_7b cluster_overrides.account=my-team
   sbatch slurm/warp_iter.sh recipes/gemma_7b        # the same, as a job from the start
 
@@ -31,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.epilog = EPILOG
     add_recipe(parser)
+    add_redo(parser)
 
 
 @in_words
@@ -40,34 +55,120 @@ def main(args: argparse.Namespace) -> int:
     if recipe.paths.stop.exists():
         print(f"stopped: {recipe.paths.stop} exists; nemo-warp resume {recipe.paths.root}")
         return exit_codes.STOPPED_RESUMABLE
-    return go(recipe)
+    return go(recipe, args.redo, args.other_code)
 
 
-def go(recipe: Recipe) -> int:
-    """Open the run directory and hand over to the launcher."""
-    check_files(recipe.values)
-    check_prompts(recipe.values)
-    check_counts(recipe.values)
-    wait_s = 120.0 if recipe.values["launcher"]["kind"] == "slurm" else 0.0
-    with locks.hold(recipe.paths.driver_lock, wait_s):
-        open_run(recipe)
-    if recipe.values["launcher"]["kind"] == "slurm":
+def go(recipe: Recipe, redo: bool = False, other_code: bool = False) -> int:
+    """Open the run directory and hand over to the launcher.
+
+    Args:
+        recipe: checked.
+        redo: whether finished stages that a change touches may be made again.
+        other_code: whether another version of this package may end an iteration.
+    """
+    check_before_start(recipe)
+    by_slurm = recipe.values["launcher"]["kind"] == "slurm"
+    with locks.hold(recipe.paths.driver_lock, 120.0 if by_slurm else 0.0):
+        if recipe.paths.recipe.exists():
+            _refuse_other_launcher(recipe)
+            if not other_code:
+                refuse_other_code(recipe, code_version())
+        change = open_run(recipe, redo)
+    for name, reason in change.redone.items():
+        print(f"made again: {name} ({reason})")
+    for name, reason in change.restarted.items():
+        print(f"begins again: {name} ({reason})")
+    if by_slurm:
         code = run_round(recipe)
+        housekeeping.retain(recipe)
     else:
-        with locks.hold(recipe.paths.driver_lock):
-            code = LocalDriver(recipe, Live(recipe)).run()
+        code = _run_here(recipe)
     _announce(recipe, code)
+    notify(recipe, code)
     return code
 
 
+def _run_here(recipe: Recipe) -> int:
+    live = _Tidy(recipe)
+    with locks.hold(recipe.paths.driver_lock):
+        try:
+            return LocalDriver(recipe, live).run()
+        finally:
+            live.close()
+
+
+class _Tidy(Live):
+    """The live view of a run whose `retention` is applied whenever a stage has ended."""
+
+    def show(self, states: Mapping[str, StageState]) -> None:
+        """The state as it is now."""
+        housekeeping.retain(self._recipe, states)
+        super().show(states)
+
+
+def _refuse_other_launcher(recipe: Recipe) -> None:
+    """Jobs that are queued run as they were submitted, so a run changes sides without any.
+
+    Raises:
+        ValueError: the stored recipe has another launcher.kind, and its work is not over.
+    """
+    stored = load_recipe(recipe.paths.root, files_here=False)
+    before, now = (r.values["launcher"]["kind"] for r in (stored, recipe))
+    if before == now:
+        return
+    if before == "slurm":
+        busy = [job.job_id for job in slurm_jobs.queue(stored).values()]
+    else:
+        stages = (stage.name for stage in stored.stages)
+        busy = [name for name in stages if locks.is_held(stored.paths.stage(name).lock)]
+    if busy:
+        raise ValueError(
+            f"launcher.kind: {recipe.paths.root} was started with {before}, and {', '.join(busy)} "
+            f"are still at work or queued; use launcher.kind={before}, or first: nemo-warp stop "
+            f"{recipe.paths.root}"
+        )
+
+
+def refuse_other_code(recipe: Recipe, version: str) -> None:
+    """All members of an iteration are made by the same code.
+
+    Raises:
+        ValueError: some of the iteration that is being made were made by another version.
+    """
+    now = next(
+        (
+            i
+            for i in range(1, recipe.values["iterations"] + 1)
+            if not recipe.paths.stage(merge_name(i)).completion.exists()
+        ),
+        None,
+    )
+    for stage in (s for s in recipe.stages if s.iteration == now and s.member):
+        for attempt in attempts.list_attempts(recipe.paths.stage(stage.name))[-1:]:
+            made_by = attempt.record.get("code_version", version)
+            if made_by != version:
+                raise ValueError(
+                    f"{stage.name} was made by nemo_warp {made_by}, this is {version}: an "
+                    "iteration's members are made by the same code; check that version out, or "
+                    "go on with --other-code"
+                )
+
+
 def _announce(recipe: Recipe, code: int) -> None:
-    root = recipe.paths.root
+    root = _short(recipe.paths.root)
     if code == exit_codes.DONE:
+        report = recipe.paths.stage("report").directory
         print(f"{recipe.name} is done.")
-        print(f"  picture:  {recipe.paths.stage('report').directory / 'curves.png'}")
-        print(f"  table:    {recipe.paths.stage('report').directory / 'table.md'}")
-        print(f"  policy:   {recipe.paths.stage('final').policy}")
+        print(f"  picture:  {_short(report / 'curves.png')}")
+        print(f"  table:    {_short(report / 'table.md')}")
+        print(f"  policy:   {_short(recipe.paths.stage('final').policy)}")
     elif code == exit_codes.FAILED:
         print(f"failed; why: nemo-warp status {root}; then: nemo-warp resume {root}")
     elif code == exit_codes.STOPPED_RESUMABLE:
         print(f"stopped; go on with: nemo-warp resume {root}")
+
+
+def _short(path: Path) -> str:
+    """Relative to where the command was started, if that is above."""
+    here = Path.cwd()
+    return os.path.relpath(path, here) if path.is_relative_to(here) else str(path)

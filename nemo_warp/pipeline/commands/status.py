@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
 from nemo_warp import exit_codes
 from nemo_warp.pipeline.commands.common import EXIT_CODES, add_recipe, existing, in_words
+from nemo_warp.pipeline.commands.spent import as_rows, cost_table
+from nemo_warp.pipeline.commands.terminal import clip, in_red, is_terminal, size_of
 from nemo_warp.pipeline.commands.view import table
 from nemo_warp.pipeline.disk import locks
+from nemo_warp.pipeline.disk.attempts import failing_log, last_words, list_attempts
 from nemo_warp.pipeline.disk.progress import measure
 from nemo_warp.pipeline.disk.state import QueuedJob, StageState, Status, counts, exit_code, inspect
 from nemo_warp.pipeline.launch import slurm, slurm_jobs
 from nemo_warp.pipeline.recipe.load import Recipe
 
+_MARK_FAILED = "FAILED"
 EPILOG = f"""\
 Reads the run directory (and the queue, under Slurm); writes nothing.
 
   nemo-warp status runs/tiny
   nemo-warp status runs/tiny --json | jq .next
+  nemo-warp status runs/tiny --cost       # hours so far, lost to retries, and left
 
 {EXIT_CODES}"""
 
@@ -31,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     add_recipe(parser)
     parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument(
+        "--cost", action="store_true", help="node- and GPU-hours by kind, from the attempts"
+    )
 
 
 @in_words
@@ -45,7 +54,11 @@ def main(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(as_json(recipe, states, code, following, problem), indent=2))
         return code
-    print("\n".join(table(recipe, states)))
+    if args.cost:
+        print("\n".join(cost_table(recipe, states)))
+        return code
+    print("\n".join(_fitting(table(recipe, states))))
+    print("".join(f"\n{line}" for line in why(recipe, states)), end="")
     print(f"\n{problem or ''}{' ' if problem else ''}next: {following}")
     return code
 
@@ -57,6 +70,30 @@ def _look(recipe: Recipe) -> tuple[slurm_jobs.Look | None, str | None]:
         return slurm_jobs.look(recipe, patience_s=5.0), None
     except slurm.SlurmError as error:
         return None, f"the queue cannot be read ({error}); this is what the disk says."
+
+
+def _fitting(lines: list[str]) -> list[str]:
+    """On a terminal, lines that do not wrap; whole reasons of failures follow the table."""
+    if not is_terminal(sys.stdout):
+        return lines
+    columns, _ = size_of(sys.stdout)
+    clipped = [clip(line, columns - 1) for line in lines]
+    return [in_red(line) if _MARK_FAILED in line else line for line in clipped]
+
+
+def why(recipe: Recipe, states: Mapping[str, StageState]) -> Iterator[str]:
+    """Of each failed stage: the reason, the failing step's own last words, and its log."""
+    for name, state in states.items():
+        tries = list_attempts(recipe.paths.stage(name))
+        if state.status is not Status.FAILED:
+            continue
+        yield f"{name}: {state.reason}"
+        log = failing_log(tries[-1]) if tries else recipe.paths.task_log(name)
+        words = last_words(log)
+        if words and words.removeprefix("error: ") not in state.reason:
+            yield f"  its last words: {words}"
+        if log.exists():
+            yield f"  log: {log}"
 
 
 def _code(recipe: Recipe, states: Mapping[str, StageState]) -> int:
@@ -120,4 +157,5 @@ def as_json(
         "next": following,
         "problem": problem,
         "stages": stages,
+        "cost": as_rows(recipe, states),
     }

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
+from nemo_warp.pipeline.commands.terminal import clip, in_red, is_terminal, size_of
 from nemo_warp.pipeline.disk.attempts import describe, list_attempts
 from nemo_warp.pipeline.disk.progress import Progress, measure
 from nemo_warp.pipeline.disk.state import StageState, Status
@@ -16,6 +18,9 @@ from nemo_warp.pipeline.recipe.plan import MEMBER
 
 _REDRAW_S = 1.0
 _PLAIN_S = 30.0
+_ROOM_BELOW = 8
+"""Rows left free below the table: what `run` says at its end must not scroll the screen."""
+_EVENTS = 3
 _MARKS = {
     Status.DONE: "done",
     Status.RUNNING: "running",
@@ -24,6 +29,30 @@ _MARKS = {
     Status.WAITING: "waiting",
     Status.FAILED: "FAILED",
 }
+
+
+_URGENCY = (
+    Status.FAILED,
+    Status.RUNNING,
+    Status.QUEUED,
+    Status.READY,
+    Status.WAITING,
+    Status.DONE,
+)
+"""Which stages keep their line when there are more stages than lines."""
+
+
+def folded(states: Mapping[str, StageState], rows: int) -> dict[str, StageState]:
+    """At most ``rows`` stages, the most urgent ones, in the plan's order."""
+    by_urgency = sorted(states, key=lambda name: _URGENCY.index(states[name].status))
+    kept = set(by_urgency[: max(0, rows)])
+    return {name: state for name, state in states.items() if name in kept}
+
+
+def tally(states: Mapping[str, StageState]) -> str:
+    """``30 done, 2 running, 1 FAILED``."""
+    found = [state.status for state in states.values()]
+    return ", ".join(f"{found.count(s)} {_MARKS[s]}" for s in _MARKS if s in found)
 
 
 def table(recipe: Recipe, states: Mapping[str, StageState]) -> list[str]:
@@ -62,13 +91,18 @@ def duration(seconds: float | None) -> str:
 
 
 class Live:
-    """Redraws the table in place on a terminal; elsewhere prints a line per event."""
+    """Redraws a screen in place on a terminal; elsewhere prints a line per event.
+
+    The screen is drawn from the terminal's first row and is never higher or wider than the
+    terminal: nothing wraps, so nothing scrolls, and after a resize the next drawing is right.
+    """
 
     def __init__(self, recipe: Recipe, stream: TextIO | None = None) -> None:
         self._recipe = recipe
         self._stream = stream or sys.stdout
-        self._in_place = self._stream.isatty()
-        self._lines, self._drawn_at = 0, 0.0
+        self._in_place = is_terminal(self._stream)
+        self._events: deque[str] = deque(maxlen=_EVENTS)
+        self._size, self._drawn_at = (0, 0), 0.0
         self._last: dict[str, Status] = {}
         self._began = time.monotonic()
 
@@ -121,18 +155,37 @@ class Live:
         return ", ".join([*words, state.reason] if state.reason else words)
 
     def _say(self, text: str) -> None:
-        stamp = duration(time.monotonic() - self._began)
-        print(f"[{stamp}] {text}", file=self._stream, flush=True)
-        self._lines = 0
+        line = f"[{duration(time.monotonic() - self._began)}] {text}"
+        if self._in_place:
+            self._events.append(line)
+        else:
+            print(line, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Leave the last screen where it is; what is printed next begins below it."""
+        if self._in_place and self._size != (0, 0):
+            print(file=self._stream, flush=True)
 
     def _redraw(self, states: Mapping[str, StageState]) -> None:
         self._drawn_at = time.monotonic()
-        lines = table(self._recipe, states)
-        lines.append(f"{duration(time.monotonic() - self._began)} elapsed; Ctrl-C saves and stops")
-        up = f"\x1b[{self._lines}F" if self._lines else ""
-        text = "".join(f"{line}\x1b[K\n" for line in lines)
-        print(f"{up}{text}", end="", file=self._stream, flush=True)
-        self._lines = len(lines)
+        size = size_of(self._stream)
+        begin = "\x1b[H" if size == self._size else "\x1b[2J\x1b[H"
+        self._size = size
+        lines = "\n".join(f"{line}\x1b[K" for line in self._screen(states, *size))
+        print(f"{begin}{lines}\x1b[J", end="", file=self._stream, flush=True)
+
+    def _screen(self, states: Mapping[str, StageState], columns: int, rows: int) -> list[str]:
+        """The lines of one drawing, at most ``rows`` of at most ``columns`` characters."""
+        room = max(3, rows - _ROOM_BELOW)
+        events = list(self._events)[-max(0, room - 3) :] if room > 3 else []
+        shown = folded(states, room - 2 - len(events))
+        lines = table(self._recipe, shown)
+        failed = {i for i, s in enumerate(shown.values(), 1) if s.status is Status.FAILED}
+        elapsed = duration(time.monotonic() - self._began)
+        lines += [f"{tally(states)}; {elapsed} elapsed; Ctrl-C saves and stops", *events]
+        failed |= set(range(len(lines) - len(events), len(lines)))
+        clipped = [clip(line, columns - 1) for line in lines][:rows]
+        return [in_red(line) if i in failed else line for i, line in enumerate(clipped)]
 
 
 def _numbers(done: Progress) -> list[str]:

@@ -23,6 +23,8 @@ from nemo_warp.records import write_json_atomically
 FOR_GOOD = (exit_codes.MISCONFIGURED, exit_codes.KL_LIMIT)
 """Exit codes another attempt cannot change."""
 
+_TAIL_BYTES = 65536
+_LATE_SERVER = re.compile(r"endpoint_([^/]+)\.json missing")
 _CHECKPOINT = re.compile(r"step_(\d{8})")
 
 
@@ -56,7 +58,9 @@ def list_attempts(paths: StagePaths) -> list[Attempt]:
     """All attempts, oldest first."""
     if not paths.attempts.is_dir():
         return []
-    directories = sorted(d for d in paths.attempts.iterdir() if d.name.isdigit())
+    directories = sorted(
+        (d for d in paths.attempts.iterdir() if d.name.isdigit()), key=lambda d: int(d.name)
+    )
     return [
         Attempt(
             directory,
@@ -124,6 +128,39 @@ def describe(attempt: Attempt) -> str:
     if attempt.exit is None:
         return "killed"
     return f"exit code {attempt.exit['exit_code']}, {attempt.exit['reason']}"
+
+
+def failing_log(attempt: Attempt) -> Path:
+    """The log of the step that ended the attempt: the program's, or a reward server's own."""
+    reason = (attempt.exit or {}).get("reason", "")
+    late = _LATE_SERVER.search(reason)
+    step = f"reward-{late[1]}" if late else reason.partition(" ended with ")[0]
+    log = attempt.directory / f"{step}.log"
+    return log if "/" not in step and log.exists() else attempt.directory / "log.txt"
+
+
+def last_words(log: Path) -> str:
+    """What a program said last: its last ``error: ...`` line, or its last line."""
+    try:
+        with log.open("rb") as stream:
+            stream.seek(max(0, stream.seek(0, 2) - _TAIL_BYTES))
+            text = stream.read().decode(errors="replace")
+    except OSError:
+        return ""
+    lines = [line.strip() for line in text.replace("\r", "\n").split("\n") if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ")]
+    return (errors or lines or [""])[-1]
+
+
+def duration_s(attempt: Attempt) -> float:
+    """How long it took; one that was killed or still runs, until the last it wrote."""
+    began = attempt.record.get("started")
+    if began is None:
+        return 0.0
+    if attempt.exit is not None and "ended" in attempt.exit:
+        return max(0.0, attempt.exit["ended"] - began)
+    written = [p.stat().st_mtime for p in attempt.directory.iterdir()]
+    return max(0.0, max(written, default=began) - began)
 
 
 def _since_forgiven(attempts: list[Attempt]) -> list[Attempt]:

@@ -80,6 +80,28 @@ class OnDisk:
         return completion
 
 
+class Expected(OnDisk):
+    """With inputs of these fingerprints; what an unfinished stage will publish is not known."""
+
+    def __init__(self, recipe: Recipe, pins: dict[str, str]) -> None:
+        super().__init__(recipe)
+        self._pins = pins
+
+    def pinned(self, name: str) -> str:
+        """Fingerprint of an input, as it is now."""
+        return self._pins[name]
+
+    def published(self, stage: str, file: str) -> str:
+        """Hash of an artifact, or nothing while the stage is not done."""
+        done = self._recipe.paths.stage(stage).completion.exists()
+        return super().published(stage, file) if done else ""
+
+    def all_published(self, stage: str) -> str:
+        """One hash of all artifacts, or nothing while the stage is not done."""
+        done = self._recipe.paths.stage(stage).completion.exists()
+        return super().all_published(stage) if done else ""
+
+
 def refuse_twins(members: dict[str, Completion]) -> None:
     """Members of one seed are copies, not policies to merge.
 

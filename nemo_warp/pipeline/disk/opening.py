@@ -1,51 +1,153 @@
-"""Open a run directory: make it for a recipe, or make sure that it is this recipe's.
+"""Open a run directory: make it for a recipe, or make sure that a change to it is wanted.
 
 It keeps the resolved recipe (``recipe.yaml``, every key, absolute paths) and the fingerprints of
-the inputs it was started with (``inputs.json``). What decides results may not change afterwards.
+the inputs (``inputs.json``). What a change would redo is asked of the stages themselves: their
+requests (`disk.request`) hold what decides their results, and there is no second list of it.
 """
 
 from __future__ import annotations
 
-import copy
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from nemo_warp import yaml_text
+from nemo_warp.pipeline.disk import attempts, locks
+from nemo_warp.pipeline.disk.contents import Expected
+from nemo_warp.pipeline.disk.request import read_request, request_of
 from nemo_warp.pipeline.recipe import inputs
 from nemo_warp.pipeline.recipe.load import Recipe, load_recipe
+from nemo_warp.pipeline.recipe.plan import Stage
 from nemo_warp.records import write_json_atomically, write_text_atomically
 
-OPERATIONAL = (
-    "run_directory",
-    "launcher",
-    "cluster",
-    "cluster_overrides",
-    "resources",
-    "retries",
-    "estimate",
-)
-"""Top-level keys that may change between rounds: they decide no result."""
+
+@dataclass(frozen=True)
+class Change:
+    """What a changed recipe or input does to the stages on disk, by name with the reason.
+
+    Attributes:
+        redone: finished stages that would be made again.
+        restarted: unfinished ones that would begin again; their steps so far are lost.
+        at_work: stages that run right now for the recipe as it was.
+    """
+
+    redone: dict[str, str]
+    restarted: dict[str, str]
+    at_work: tuple[str, ...]
 
 
-def open_run(recipe: Recipe) -> None:
-    """Create the run directory, or make sure that it is this recipe's.
+def open_run(recipe: Recipe, redo: bool = False) -> Change:
+    """Create the run directory, or continue it with this recipe.
 
-    Call it with the driver lock held.
+    Call it with the driver lock held. Stages that are no longer what is wanted are moved aside
+    when they are made again, never before.
+
+    Args:
+        recipe: as it is wanted now.
+        redo: whether finished stages may be made again.
 
     Raises:
-        ValueError: it belongs to another recipe, or an input has changed since.
+        ValueError: it belongs to another recipe; finished stages would be redone and ``redo`` was
+            not given; or stages are at work on what would change.
     """
-    paths, stored = recipe.paths, recipe.paths.recipe
+    paths = recipe.paths
     paths.root.mkdir(parents=True, exist_ok=True)
-    if stored.exists():
-        _refuse_other(recipe, load_recipe(stored))
-        _refuse_changed_inputs(recipe)
-    else:
-        pins = {name: inputs.fingerprint(path) for name, path in _inputs(recipe).items()}
+    pins = {name: inputs.fingerprint(path) for name, path in _inputs(recipe).items()}
+    change = Change({}, {}, ())
+    if paths.recipe.exists():
+        change = what_changes(recipe, pins)
+        agreed = {*_agreed(paths.redo), *(change.redone if redo else ())} & set(change.redone)
+        _refuse(recipe, change, agreed)
+        write_json_atomically(paths.redo, sorted(agreed))
+    if not paths.inputs.exists() or recipe.pinned != pins:
         write_json_atomically(paths.inputs, pins)
+        vars(recipe).pop("pinned", None)  # cached
     text = yaml_text.dump({**recipe.values, "run_directory": None})
-    if not stored.exists() or stored.read_text() != text:
-        write_text_atomically(stored, text)
+    if not paths.recipe.exists() or paths.recipe.read_text() != text:
+        write_text_atomically(paths.recipe, text)
+    return change
+
+
+def what_changes(recipe: Recipe, pins: dict[str, str]) -> Change:
+    """What going on with ``recipe`` and inputs of these fingerprints does to what is on disk.
+
+    Raises:
+        ValueError: the run directory belongs to a recipe of another name.
+    """
+    stored = load_recipe(recipe.paths.root, files_here=False)
+    if stored.name != recipe.name:
+        raise ValueError(
+            f"{recipe.paths.root} was started with another recipe: name differs "
+            f"({stored.name!r} -> {recipe.name!r}). Give this one another run_directory"
+        )
+    _ = recipe.pinned  # without its pins nobody knows what the stages were made from
+    before = {stage.name: stage for stage in stored.stages}
+    contents, reasons = Expected(recipe, pins), {}
+    for stage in recipe.stages:
+        reason = _reason(recipe, stage, before.get(stage.name), reasons, contents)
+        if reason is not None:
+            reasons[stage.name] = reason
+    done = {n: r for n, r in reasons.items() if recipe.paths.stage(n).completion.exists()}
+    begun = {
+        name: reason
+        for name, reason in reasons.items()
+        if name not in done and attempts.progress(recipe.paths.stage(name)) > 0
+    }
+    busy = tuple(name for name in reasons if locks.is_held(recipe.paths.stage(name).lock))
+    return Change(done, begun, busy)
+
+
+def _reason(
+    recipe: Recipe, stage: Stage, before: Stage | None, reasons: dict[str, str], contents: Expected
+) -> str | None:
+    """Why the stage on disk is not the one wanted now; None if it is, or if there is none."""
+    recorded = read_request(recipe.paths.stage(stage.name))
+    if recorded is None:
+        return None
+    if before is not None and before.needs != stage.needs:
+        new = sorted(set(stage.needs) - set(before.needs))
+        return f"it reads {new[0]}" if new else f"it no longer reads {before.needs[-1]}"
+    above = [name for name in stage.needs if name in reasons]
+    if above:
+        return f"it reads {above[0]}"
+    request = request_of(recipe, stage, contents)
+    old, known = recorded.get("inputs", {}), {n: h for n, h in request.inputs.items() if h}
+    changed = sorted(name for name, hash_ in known.items() if old.get(name) != hash_)
+    changed += sorted(set(old) - set(request.inputs))
+    if changed:
+        return f"{', '.join(changed)} changed"
+    same = recorded.get("config_hash") == request.config_hash
+    return None if same else "its configuration changed"
+
+
+def _agreed(file: Path) -> list[str]:
+    """Finished stages whose redoing was agreed to and is not over: the next driver goes on."""
+    try:
+        return json.loads(file.read_text())
+    except (FileNotFoundError, ValueError):
+        return []
+
+
+def _refuse(recipe: Recipe, change: Change, agreed: set[str]) -> None:
+    if change.at_work:
+        raise ValueError(
+            f"{_some(change.at_work)} at work on what this change would make again; first: "
+            f"nemo-warp stop {recipe.paths.root} --wait 600"
+        )
+    reasons = [f"{name} ({why})" for name, why in change.redone.items() if name not in agreed]
+    if reasons:
+        lost = f"; {_some(change.restarted)} would begin again" if change.restarted else ""
+        raise ValueError(
+            f"this change would redo {len(reasons)} finished stages: {_some(reasons)}{lost}. "
+            f"Nothing was changed. To do it: the same command with --redo; to keep them: undo the "
+            f"change ({recipe.paths.recipe} has the values in use) or give another run_directory"
+        )
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 def _inputs(recipe: Recipe) -> dict[str, Path]:
@@ -54,45 +156,3 @@ def _inputs(recipe: Recipe) -> dict[str, Path]:
     named = {"sft": values["sft"], "init": values["init"], **models}
     named |= {f"prompts.{key}": path for key, path in values["prompts"].items()}
     return {name: Path(path) for name, path in named.items()}
-
-
-def _refuse_other(recipe: Recipe, stored: Recipe) -> None:
-    ours, theirs = _deciding(recipe.values), _deciding(stored.values)
-    changed = sorted(_differences(ours, theirs))
-    if changed:
-        raise ValueError(
-            f"{recipe.paths.root} was started with another recipe: {', '.join(changed[:5])} differ"
-            f"{' and more' if len(changed) > 5 else ''}. Give this one another run_directory, or "
-            f"undo the change ({recipe.paths.recipe} has the values in use)"
-        )
-
-
-def _deciding(values: dict[str, Any]) -> dict[str, Any]:
-    kept = {k: v for k, v in values.items() if k not in OPERATIONAL}
-    member = copy.deepcopy(kept["member"])
-    for key in ("time_limit", "save_margin", "keep_checkpoints", "max_skipped_updates"):
-        member["run"].pop(key, None)
-    member.pop("reward_client", None)
-    member.pop("loggers", None)
-    return {**kept, "member": member}
-
-
-def _differences(ours: Any, theirs: Any, path: str = "") -> list[str]:
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        keys = sorted(set(ours) | set(theirs))
-        return [
-            name
-            for key in keys
-            for name in _differences(ours.get(key), theirs.get(key), f"{path}.{key}".lstrip("."))
-        ]
-    return [] if ours == theirs else [f"{path} ({theirs!r} -> {ours!r})"]
-
-
-def _refuse_changed_inputs(recipe: Recipe) -> None:
-    pins = recipe.pinned
-    for name, path in _inputs(recipe).items():
-        if inputs.fingerprint(path) != pins.get(name):
-            raise ValueError(
-                f"{name} ({path}) has changed since the run in {recipe.paths.root} began; restore "
-                "it, or start in another run_directory"
-            )

@@ -77,12 +77,17 @@ def build_request(recipe: Recipe, stage: Stage) -> Request:
     if stage.kind == MERGE:
         members = [name for name in stage.needs if name != merge_name(stage.iteration - 1)]
         refuse_twins({name: contents.completion(name) for name in members})
-    return _BUILDERS[stage.kind](recipe, stage, contents)
+    return request_of(recipe, stage, contents)
 
 
 def planned_request(recipe: Recipe, stage: Stage) -> Request:
     """`build_request` before anything has run: inputs have no hashes yet."""
-    return _BUILDERS[stage.kind](recipe, stage, Unknown())
+    return request_of(recipe, stage, Unknown())
+
+
+def request_of(recipe: Recipe, stage: Stage, contents: Contents) -> Request:
+    """The request of ``stage`` if its inputs have these contents."""
+    return _BUILDERS[stage.kind](recipe, stage, contents)
 
 
 def read_request(paths: StagePaths) -> dict[str, Any] | None:

@@ -99,7 +99,7 @@ def _inspect_stage(
     if missing:
         return _waiting(stage, missing, before)
     stuck = attempts.failure(paths, recipe.values["retries"]["without_progress"])
-    if stuck is not None and _same_inputs(paths, request):
+    if stuck is not None and _was_made_for(paths, request):
         return StageState(stage, Status.FAILED, stuck)
     return StageState(stage, Status.READY)
 
@@ -114,24 +114,23 @@ def _waiting(stage: Stage, missing: list[str], before: dict[str, StageState]) ->
 def is_done(recipe: Recipe, stage: Stage, request: Request) -> bool:
     """Whether the stage's completion record is there and is of this very request.
 
-    A record whose inputs have since been made anew, and differently, does not count: the stage
-    will be made again.
+    A record that was made for another request (an input came out differently, the recipe was
+    changed) does not count: the stage will be made again.
 
     Raises:
-        RecordError: there is a record for these inputs, but of another configuration, or of a
-            member that did not reach its last step.
+        RecordError: there is a record for this request, but it says that it is of another
+            configuration, or of a member that did not reach its last step.
     """
     paths = recipe.paths.stage(stage.name)
     completion = read_completion(paths.directory)
-    if completion is None or not _same_inputs(paths, request):
+    if completion is None or not _was_made_for(paths, request):
         return False
     _check_completion(paths, completion, stage, request)
     return True
 
 
-def _same_inputs(paths: StagePaths, request: Request) -> bool:
-    recorded = read_request(paths)
-    return recorded is not None and recorded.get("inputs") == request.inputs
+def _was_made_for(paths: StagePaths, request: Request) -> bool:
+    return read_request(paths) == request.record()
 
 
 def _check_completion(
@@ -154,12 +153,13 @@ def _check_completion(
 
 
 def exit_code(states: Mapping[str, StageState]) -> int:
-    """`nemo_warp.exit_codes` for the whole run: done, in progress, or failed."""
+    """`nemo_warp.exit_codes` for the whole run: done, in progress, or failed.
+
+    A stage that has failed for good fails the run at once, whether its siblings run or not.
+    """
     found = {state.status for state in states.values()}
     if found == {Status.DONE}:
         return exit_codes.DONE
-    if found & {Status.RUNNING, Status.QUEUED, Status.READY}:
-        return exit_codes.IN_PROGRESS
     return exit_codes.FAILED if Status.FAILED in found else exit_codes.IN_PROGRESS
 
 

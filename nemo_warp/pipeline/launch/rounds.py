@@ -9,7 +9,6 @@ submitted again, and what somebody cancelled not before ``resume``.
 from __future__ import annotations
 
 import itertools
-import os
 import shlex
 from collections.abc import Callable, Iterator
 
@@ -20,12 +19,11 @@ from nemo_warp.pipeline.disk.state import QueuedJob, StageState, Status, exit_co
 from nemo_warp.pipeline.launch import slurm, slurm_jobs
 from nemo_warp.pipeline.recipe.load import Recipe
 from nemo_warp.pipeline.recipe.plan import FINAL, FRONT, REPORT, Stage, merge_name
-from nemo_warp.records import config_hash
+from nemo_warp.records import config_hash, write_text_atomically
 
 _LOCK_WAIT_S = 120.0
 _MAX_IDLE_ROUNDS = 2
-_MARK_VARIABLE = "NEMO_WARP_LAST_ROUND"
-"""From a driver job to the next: jobs that die before they begin must not go on for ever."""
+"""Jobs that die before they begin must not go on for ever, under cron either."""
 
 Submit = Callable[[list[str]], str]
 
@@ -74,7 +72,8 @@ def _run_round(recipe: Recipe, say: Callable[[str], None]) -> int:
         raise refused
     if refused is not None:
         say(f"not submitted: {refused}; tried again by the next round")
-    return exit_codes.IN_PROGRESS if jobs else exit_codes.FAILED
+    failed = code == exit_codes.FAILED
+    return exit_codes.IN_PROGRESS if jobs and not failed else exit_codes.FAILED
 
 
 def _too_idle(
@@ -85,10 +84,12 @@ def _too_idle(
 ) -> bool:
     """Whether rounds go by in which nothing begins; leaves word for the next driver."""
     mark, idle = _mark(recipe, states), 0
-    before, _, count = os.environ.get(_MARK_VARIABLE, "").partition(":")
+    last = recipe.paths.last_round
+    before, _, count = (last.read_text() if last.exists() else "").partition(":")
     if before == mark and not queue:
         idle = int(count) + 1
-    os.environ[_MARK_VARIABLE] = f"{mark}:{idle}"
+    last.parent.mkdir(exist_ok=True)
+    write_text_atomically(last, f"{mark}:{idle}")
     if idle < _MAX_IDLE_ROUNDS:
         return False
     say(f"{idle} rounds in which no stage began: see {recipe.paths.slurm_logs}")

@@ -35,6 +35,16 @@ class RunPaths:
         return self.root / "inputs.json"
 
     @property
+    def redo(self) -> Path:
+        """Names of finished stages that somebody wants to be made again."""
+        return self.root / "locks" / "redo.json"
+
+    @property
+    def notified(self) -> Path:
+        """The last event that `notify` was told of."""
+        return self.root / "locks" / "notified.txt"
+
+    @property
     def superseded(self) -> Path:
         """Stage directories that were moved aside because an input changed; may be deleted."""
         return self.root / "superseded"
@@ -43,6 +53,11 @@ class RunPaths:
     def slurm_logs(self) -> Path:
         """Output of the batch scripts (the stages' own logs are in their attempts)."""
         return self.root / "slurm"
+
+    @property
+    def last_round(self) -> Path:
+        """How far everything was when the last driver looked: rounds that move nothing end."""
+        return self.slurm_logs / "last_round.txt"
 
     @property
     def tag(self) -> Path:

@@ -192,7 +192,7 @@ def test_two_drivers_and_a_killed_one(short: Sandbox, expected: dict[str, bytes]
 def test_twins_are_not_merged(short: Sandbox) -> None:
     code, output = short.call("run", FAKE_TWINS="1")
     assert code == exit_codes.FAILED
-    assert "have the same prompt_order_hash" in output
+    assert "have the same seed" in output
 
 
 def test_a_record_that_contradicts_is_not_believed(finished: Sandbox) -> None:

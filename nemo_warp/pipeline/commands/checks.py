@@ -1,0 +1,120 @@
+"""What `plan` shows and `run` refuses before it starts or submits anything."""
+
+from __future__ import annotations
+
+import ast
+import importlib.machinery
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from nemo_warp.pipeline.commands.estimate import disk_bytes, size
+from nemo_warp.pipeline.launch.steps import checkout
+from nemo_warp.pipeline.recipe.load import Recipe
+from nemo_warp.pipeline.recipe.validate import check_counts, check_files, check_prompts
+
+_IMPORTED_STAR = "*"
+
+
+def check_before_start(recipe: Recipe) -> None:
+    """Raise ValueError for the first thing that stages would fail of, hours later."""
+    check_files(recipe.values)
+    check_prompts(recipe.values)
+    check_counts(recipe.values)
+    for name, reward in recipe.values["rewards"].items():
+        if reward["weight"] != 0:
+            _check_reward(recipe, f"rewards.{name}", reward)
+    _check_space(recipe)
+
+
+def _check_reward(recipe: Recipe, key: str, reward: dict[str, Any]) -> None:
+    if reward.get("endpoint") and not recipe.values["commands"]["member"]:
+        check_endpoint(Path(reward["endpoint"]), f"{key}.endpoint")
+    elsewhere = recipe.values["launcher"]["kind"] == "slurm" and (
+        recipe.cluster["container"]["image"] is not None
+    )
+    if reward.get("callable"):
+        check_callable(reward["callable"], f"{key}.callable", elsewhere)
+
+
+def check_endpoint(file: Path, key: str) -> None:
+    """Raise ValueError unless ``file`` says where a reward server is (nobody is called)."""
+    try:
+        content = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{key}: no such file: {file}; start the server that writes it") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{key}: {file} is not an endpoint file ({error})") from None
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"{key}: {file} is not an endpoint file: it holds no JSON object")
+
+
+def check_callable(name: str, key: str, elsewhere: bool = False) -> None:
+    """Raise ValueError if ``module:function`` is not there; nothing of the module is run.
+
+    Args:
+        name: ``package.module:function``.
+        key: names it in the message.
+        elsewhere: rewards run in a container, which may have modules that this machine has not.
+    """
+    module, _, function = name.partition(":")
+    spec = _find(module)
+    if spec is None and not elsewhere:
+        raise ValueError(
+            f"{key}: no module {module!r} can be found; put its directory into PYTHONPATH"
+        )
+    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+        return
+    names = _names(Path(spec.origin))
+    if function.partition(".")[0] not in names and _IMPORTED_STAR not in names:
+        raise ValueError(f"{key}: {spec.origin} has no {function!r}")
+
+
+def _find(module: str) -> importlib.machinery.ModuleSpec | None:
+    """Like `importlib.util.find_spec`, which would run the packages around the module."""
+    spec, path = None, [str(checkout() or ""), *sys.path[1:]]
+    parts = module.split(".")
+    for number in range(1, len(parts) + 1):
+        spec = importlib.machinery.PathFinder.find_spec(".".join(parts[:number]), path)
+        if spec is None:
+            return None
+        path = list(spec.submodule_search_locations or [])
+    return spec
+
+
+def _names(file: Path) -> set[str]:
+    """Names a module's source binds anywhere outside of functions and classes."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except SyntaxError as error:
+        raise ValueError(f"{file}, line {error.lineno}: {error.msg}") from None
+    found: set[str] = set()
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        for node in ast.iter_child_nodes(waiting.pop()):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                found.add(_IMPORTED_STAR if node.name == "__getattr__" else node.name)
+                continue
+            if isinstance(node, ast.alias):
+                found.add((node.asname or node.name).partition(".")[0])
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                found.add(node.id)
+            waiting.append(node)
+    return found
+
+
+def _check_space(recipe: Recipe) -> None:
+    """At the start only: later the run itself has used what it was given."""
+    parts = disk_bytes(recipe)
+    if parts is None or recipe.paths.recipe.exists():
+        return
+    there = next(p for p in (recipe.paths.root, *recipe.paths.root.parents) if p.exists())
+    needed, free = sum(parts.values()), shutil.disk_usage(there).free
+    if needed > free:
+        raise ValueError(
+            f"run_directory: about {size(needed)} are needed below {recipe.paths.root} "
+            f"({', '.join(f'{n} {size(b)}' for n, b in parts.items())}), {size(free)} are free; "
+            "choose another file system, or lower keep_checkpoints"
+        )
