@@ -54,16 +54,18 @@ def open_run(recipe: Recipe, redo: bool = False) -> Change:
     paths = recipe.paths
     paths.root.mkdir(parents=True, exist_ok=True)
     pins = {name: inputs.fingerprint(path) for name, path in _inputs(recipe).items()}
+    text = yaml_text.dump({**recipe.values, "run_directory": None})
     change = Change({}, {}, ())
     if paths.recipe.exists():
         change = what_changes(recipe, pins)
-        agreed = {*_agreed(paths.redo), *(change.redone if redo else ())} & set(change.redone)
+        same = paths.recipe.read_text() == text and recipe.pinned == pins
+        before = _agreed(paths.redo) if same else []
+        agreed = {*before, *(change.redone if redo else ())} & set(change.redone)
         _refuse(recipe, change, agreed)
         write_json_atomically(paths.redo, sorted(agreed))
     if not paths.inputs.exists() or recipe.pinned != pins:
         write_json_atomically(paths.inputs, pins)
         vars(recipe).pop("pinned", None)  # cached
-    text = yaml_text.dump({**recipe.values, "run_directory": None})
     if not paths.recipe.exists() or paths.recipe.read_text() != text:
         write_text_atomically(paths.recipe, text)
     return change
