@@ -4,6 +4,8 @@
 VENV ?= .venv
 PYTHON ?= $(shell tools/find_python.sh)
 PYTEST_ARGS ?=
+# Slurm's tests mostly wait, so two cores carry three workers (tests/conftest.py groups them).
+SIDE_BY_SIDE ?= -n 3 --dist loadgroup --no-loadscope-reorder
 
 # Set-up is done once per Python version and again when what it installs changes.
 PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
@@ -17,6 +19,7 @@ help: ## show this list
 	@echo
 	@echo '  PYTHON=python3.12 make test      another Python (3.10 to 3.12)'
 	@echo '  PYTEST_ARGS="-k anchor" make test'
+	@echo '  SIDE_BY_SIDE= make test          one test after another'
 	@echo '  TORCH_INDEX_URL=...              where torch comes from (default: see tools/setup_venv.sh)'
 
 setup: $(READY) ## system packages (where allowed) and a virtual environment in .venv
@@ -34,7 +37,7 @@ demo: setup ## the whole method, small, on real text: no GPU needed
 	$(VENV)/bin/nemo-warp run recipes/tiny
 
 test: setup ## every test, with linters as tests
-	$(VENV)/bin/python -m pytest --timeout=900 $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest --timeout=900 $(SIDE_BY_SIDE) $(PYTEST_ARGS)
 
 lint: setup ## ruff, import-linter, shellcheck only
 	$(VENV)/bin/python -m pytest tests/test_style.py

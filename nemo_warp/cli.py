@@ -72,6 +72,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return exit_codes.DONE
 
 
+class _Version(argparse.Action):
+    """Asks git, so only when it is asked itself."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from nemo_warp.records import code_version
+
+        print(f"nemo-warp {code_version()}")
+        parser.exit()
+
+
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     """The whole parser; only the subcommand that is asked for is imported and filled in."""
     parser = argparse.ArgumentParser(
@@ -80,8 +90,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    version = f"nemo-warp {nemo_warp.__version__}"
-    parser.add_argument("--version", action="version", version=version)
+    parser.add_argument("--version", action=_Version, nargs=0, help="version and commit")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     wanted = next((argument for argument in arguments if not argument.startswith("-")), None)
     for name, (module_name, summary) in COMMANDS.items():

@@ -20,8 +20,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-import nemo_warp
 from nemo_warp import yaml_text
+from nemo_warp.places import shared
 from nemo_warp.records import config_hash
 from nemo_warp.schema.check import check, check_at, takes_text, type_at, unknown_key
 from nemo_warp.schema.cluster import Cluster
@@ -30,8 +30,8 @@ from nemo_warp.schema.member import Member
 from nemo_warp.schema.recipe import Recipe
 from nemo_warp.schema.reward_model import RewardModel
 
-CONF_DIRECTORY = Path(nemo_warp.__file__).resolve().parent.parent / "conf"
-"""Where the defaults are: ``conf/`` of the checkout."""
+CONF_DIRECTORY = shared("conf")
+"""Where the defaults are: ``conf/`` of the checkout, or the wheel's."""
 
 SCHEMAS: dict[str, type] = {
     "member": Member,

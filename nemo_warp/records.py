@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import nemo_warp
+from nemo_warp.places import SHIPPED
 
 COMPLETION_FILE = "completion.json"
 _HASH_BLOCK_BYTES = 1 << 22
@@ -82,8 +83,11 @@ def hash_file(path: Path) -> FileHash:
 
 @cache
 def code_version() -> str:
-    """``0.1.0+g<commit>``, ``.dirty`` if the checkout has changes; the version if installed."""
+    """``0.1.0+g<commit>``, ``.dirty`` if the checkout has changes; a wheel knows the one it was made of."""
     root = Path(nemo_warp.__file__).parent.parent
+    carried = SHIPPED / "commit"  # setup.py writes it into a wheel
+    if carried.exists() and (commit := carried.read_text()):
+        return f"{nemo_warp.__version__}+g{commit}"
     if not (root / ".git").exists():
         return nemo_warp.__version__
     describe = ["git", "-C", str(root), "describe", "--always", "--dirty=.dirty", "--abbrev=12"]

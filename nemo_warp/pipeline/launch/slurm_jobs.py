@@ -18,6 +18,7 @@ from nemo_warp.pipeline.launch.programs import node_counts
 from nemo_warp.pipeline.launch.steps import checkout, gpu_options
 from nemo_warp.pipeline.recipe.load import Recipe
 from nemo_warp.pipeline.recipe.plan import EVALUATION, FINAL, FRONT, MEMBER, MERGE, REPORT, Stage
+from nemo_warp.places import shared
 from nemo_warp.records import write_text_atomically
 
 DRIVER = "driver"
@@ -215,7 +216,7 @@ def sbatch_stage(
         words += [f"--signal=B:USR1@{cluster['signal_margin_s']}"]
         name = f"{name.rsplit('_', 1)[0]}_{{:02d}}"
     words += [f"--dependency={dependency}:{':'.join(after)}"] if after else []
-    script = [str(checkout() / "slurm" / "task.sh"), cluster["python"]]
+    script = [str(shared("slurm") / "task.sh"), cluster["python"]]
     return [*words, *cluster["sbatch"], *script, str(recipe.paths.root), name, OWN_LAUNCHER]
 
 
@@ -225,7 +226,7 @@ def sbatch_driver(recipe: Recipe) -> list[str]:
     words = _sbatch(recipe, DRIVER, 0, shape, chdir=os.getcwd())
     words += ["--begin=now+1hour"]
     arguments = [word for word in recipe.arguments if word != OWN_LAUNCHER]
-    script = [str(checkout() / "slurm" / "warp_iter.sh"), *arguments]
+    script = [str(shared("slurm") / "warp_iter.sh"), *arguments]
     return [*words, *recipe.cluster["sbatch"], *script]
 
 

@@ -31,6 +31,7 @@ from nemo_warp.pipeline.recipe.validate import (
     check_recipe,
     refuse_replaced,
 )
+from nemo_warp.places import named
 from nemo_warp.records import RecordError
 from nemo_warp.schema import recipe as schema
 from nemo_warp.schema.check import check
@@ -179,6 +180,7 @@ def load_recipe(source: Path, overrides: Sequence[str] = (), files_here: bool = 
     Raises:
         ValueError: anything about it is wrong; nothing was written.
     """
+    source = named(source, "recipes")
     file = source / "recipe.yaml" if source.is_dir() else source
     if not file.exists():
         raise ValueError(f"no recipe {file}; give a recipe file or a directory with a recipe.yaml")
@@ -262,6 +264,8 @@ def _make_absolute(values: dict[str, Any]) -> None:
     """Turn the recipe's relative paths into absolute ones, in place; h100 is a cluster of conf."""
     if re.fullmatch(r"[\w-]+", values["cluster"] or ""):
         values["cluster"] = str(CONF_DIRECTORY / "cluster" / f"{values['cluster']}.yaml")
+    elif values["cluster"]:
+        values["cluster"] = str(named(Path(values["cluster"]), "conf"))
     for key in ("run_directory", "sft", "init", "cluster"):
         if values[key] is not None:
             values[key] = os.path.abspath(values[key])
