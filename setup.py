@@ -12,7 +12,7 @@ _SHIPPED = ("conf", "recipes", "slurm", "tools")
 
 
 class BuildWithShipped(build_py):
-    """Copies the folders to ``nemo_warp/shipped`` (see `nemo_warp.places`); a checkout keeps its."""
+    """Copies the folders to ``nemo_warp/shipped``, see `nemo_warp.places`."""
 
     def run(self) -> None:
         """Build, then add; nothing is added to an editable installation."""

@@ -83,7 +83,7 @@ def hash_file(path: Path) -> FileHash:
 
 @cache
 def code_version() -> str:
-    """``0.1.0+g<commit>``, ``.dirty`` if the checkout has changes; a wheel knows the one it was made of."""
+    """``0.1.0+g<commit>``, ``.dirty`` if the checkout has changes; a wheel knows its commit."""
     root = Path(nemo_warp.__file__).parent.parent
     carried = SHIPPED / "commit"  # setup.py writes it into a wheel
     if carried.exists() and (commit := carried.read_text()):
