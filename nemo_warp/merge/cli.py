@@ -12,6 +12,11 @@ from nemo_warp.merge_arguments import build_parser
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     parsed = vars(build_parser().parse_args(arguments))
+    inputs = [parsed["init"], *parsed["policies"], parsed["liti_towards"]]
+    missing = next((path for path in inputs if path is not None and not path.exists()), None)
+    if missing is not None:
+        print(f"error: {missing} does not exist", file=sys.stderr)
+        return exit_codes.MISCONFIGURED
     # Only now: torch and numba take seconds, and a typo should not.
     from nemo_warp.checkpoints.errors import CheckpointError
     from nemo_warp.merge import merge
