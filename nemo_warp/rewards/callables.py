@@ -41,7 +41,7 @@ def load_callable(specification: str, options: dict[str, Any]) -> Scorer:
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise ValueError(f"--callable {specification}: {module_name} has no function {name!r}")
+        raise ValueError(f"--callable {specification}: {module_name} has no {name!r} to call")
     try:
         inspect.signature(function).bind("prompt", "response", **options)
     except TypeError as error:

@@ -7,7 +7,6 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from nemo_warp import exit_codes
 from nemo_warp.rewards.callables import fingerprint, load_callable, score_samples, score_together
 from nemo_warp.rewards.errors import RewardError
 from nemo_warp.rewards.triton import Infer, Serving, answer, log, serve
+from nemo_warp.rewards.workers import Workers
 
 EPILOG = """
 The callable takes (prompt, response), two strings, and returns a number. If it raises, or returns
@@ -40,7 +40,7 @@ def text_infer(score_batch: Callable[..., tuple[np.ndarray, list[str]]]) -> Infe
     """The protocol's inputs to (prompts, responses), and its outputs back."""
     # PyTriton calls from a thread with a running event loop, where a callable could not use
     # asyncio.run; in a thread of its own it can.
-    own_thread = ThreadPoolExecutor(1, thread_name_prefix="callable")
+    own_thread = Workers(1, "callable")
 
     def infer(sentences: np.ndarray, prompt_lengths: np.ndarray | None = None) -> dict:
         texts = [text.decode() for text in sentences[:, 0]]

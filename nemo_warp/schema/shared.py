@@ -120,7 +120,7 @@ class Evaluation:
     exact_kl: bool = key(False, "also the sum over the vocabulary at each token")
     num_samples_shown: int = key(3, "texts in the records", low=0)
     kl_limit: float | None = key(
-        None, "stop for good above this KL to SFT", unit="nats", above=0, paper="figure 3: 200"
+        None, "stop for good above this KL to SFT", unit="nats", paper="figure 3: 200"
     )
 
 

@@ -133,3 +133,16 @@ ADVANTAGES = Advantages(torch.tensor([3.0, -6.0, 0.0]), torch.tensor([True, True
 def test_token_weights(reduction, expected):
     found = token_weights(ADVANTAGES, WEIGHT_MASK, reduction)
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("baseline", ["leave_one_out", "batch_mean"])
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+def test_a_sample_that_is_not_finite_touches_no_other(baseline, bad):
+    """The others' advantages are those of a batch in which it failed; its own is 0 and not used."""
+    rewards = torch.tensor([bad, 1.0, 0.5, 0.25])
+    groups, valid = torch.tensor([0, 0, 1, 1]), torch.ones(4, dtype=torch.bool)
+    failed = torch.tensor([False, True, True, True])
+    found = compute_advantages(rewards, groups, valid, baseline)
+    expected = compute_advantages(rewards, groups, failed, baseline)
+    assert torch.equal(found.values, expected.values) and found.values.isfinite().all()
+    assert torch.equal(found.used, expected.used) and not found.used[0]

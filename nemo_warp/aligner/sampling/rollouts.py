@@ -91,7 +91,11 @@ def generate(
     for start in range(local.start, local.stop, micro_batch_size):
         batch = prompts[start : start + micro_batch_size]
         actor.seed_sampling(derive_seed(*seed_parts, start // micro_batch_size))
-        output = actor.infer(_collate(actor, batch))
+        output = within_limit(
+            actor.infer(_collate(actor, batch)),
+            actor.cfg.reinforce.length_params.max_length,
+            actor.tokenizer.eos_id,
+        )
         outputs.append(output)
         pending.append(rewards.submit(actor, batch, output))
     scores = [p.wait() for p in pending]
@@ -103,6 +107,34 @@ def generate(
         rewards=gather_rows(torch.cat([s.scores for s in scores])),
         failed=gather_rows(torch.cat([s.failed.byte() for s in scores])).bool(),
     )
+
+
+def within_limit(output: dict[str, Tensor], limit: int, eos_id: int) -> dict[str, Tensor]:
+    """Cut every response at the limit, counted from its own prompt's end.
+
+    NeMo goes on until the longest prompt of a micro batch has ``limit`` tokens after it
+    (text_generation_utils.py, sample_sequence_batch), so a response beside a longer prompt may be
+    longer than the limit, and would depend on its neighbours.
+
+    Args:
+        output: of `infer`: ``response_tokens`` [b, S], ``response_lengths`` (prompt and response),
+            ``prompt_lengths`` and ``is_end`` [b]. Not changed.
+
+    Returns:
+        The same, cut; what was cut has not ended by itself.
+    """
+    last = output["prompt_lengths"] + limit
+    tokens = output["response_tokens"].clone()
+    position = torch.arange(tokens.size(1), device=tokens.device)
+    lengths = torch.minimum(output["response_lengths"], last)
+    tokens[position >= lengths[:, None]] = eos_id
+    cut = output["response_lengths"] > last
+    return {
+        **output,
+        "response_tokens": tokens,
+        "response_lengths": lengths,
+        "is_end": output["is_end"].bool() & ~cut,
+    }
 
 
 def _collate(actor: WarpActorModel, prompts: list[Prompt]) -> dict[str, Tensor]:
