@@ -5,7 +5,7 @@ VENV ?= .venv
 PYTHON ?= $(shell tools/find_python.sh)
 PYTEST_ARGS ?=
 # Slurm's tests mostly wait, so two cores carry three workers (tests/conftest.py groups them).
-SIDE_BY_SIDE ?= -n 3 --dist loadgroup --no-loadscope-reorder
+SIDE_BY_SIDE ?= -n 3 --dist loadscope --no-loadscope-reorder
 
 # Set-up is done once per Python version and again when what it installs changes.
 PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)

@@ -15,37 +15,34 @@ import pytest
 _HERE = Path(__file__).parent
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what uses the ``nemo`` fixture, and let upstream's warnings pass there (only)."""
     for item in items:
         if "nemo" in getattr(item, "fixturenames", ()):
             item.add_marker("nemo")
         if item.get_closest_marker("nemo"):
             item.add_marker(pytest.mark.filterwarnings("ignore"))
-    if config.pluginmanager.hasplugin("xdist"):
-        _group(items)
+    # The longest first, so that no worker is left alone with them at the end; stable.
+    order = ("slurm/", "aligner/", "merge/", "pipeline/")
+    paths = {item: item.path.relative_to(_HERE).as_posix() for item in items}
+    items.sort(key=lambda i: next((n for n, o in enumerate(order) if paths[i].startswith(o)), 9))
 
 
-def _group(items: list[pytest.Item]) -> None:
-    """What ``--dist loadgroup`` keeps on one worker, the longest first.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Side by side file by file, for the sake of fixtures; Slurm's tests share one cluster.
 
-    Slurm's tests share a cluster and mostly wait. A worker that needs NeMo pays 12 s of CPU for
-    its import and 1 GB: they are two, whose models are made by each. The rest goes file by file,
-    for the sake of fixtures of a module.
+    They mostly wait, so two cores carry three workers (Makefile). xdist's own groups do nothing
+    here: 3.8 writes them into an attribute that pytest 9.2 no longer has.
     """
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group_of(item)))
-    items.sort(key=lambda item: min(_group_of(item)[0], "9"))  # stable: files stay together
+    from xdist.scheduler import LoadScopeScheduling
 
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "slurm" if "/slurm/" in file else file
 
-def _group_of(item: pytest.Item) -> str:
-    path = item.path.relative_to(_HERE).as_posix()
-    if path.startswith("slurm/"):
-        return "1-slurm"
-    if path.startswith("aligner/member/"):
-        return "2-members"
-    return "3-nemo" if item.get_closest_marker("nemo") else path
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")
