@@ -365,7 +365,7 @@ def test_diff_per_group(models, tmp_path):
         (["--eta", "0.1", "0.2"], exit_codes.MISCONFIGURED, "put {eta} into"),
         (["--weight", "0.3", "--dry-run"], exit_codes.DONE, "parameters in 5 groups"),
         (["--output", "a.nemo"], exit_codes.MISCONFIGURED, "both input and output"),
-        (["--init", "nothing.nemo"], exit_codes.FAILED, "nothing.nemo does not exist"),
+        (["--init", "nothing.nemo"], exit_codes.MISCONFIGURED, "nothing.nemo does not exist"),
         (["--source", "masters"], exit_codes.MISCONFIGURED, "masters"),
     ],
 )
