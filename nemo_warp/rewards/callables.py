@@ -106,9 +106,11 @@ def _score_one(score: Scorer, prompt: str, response: str) -> tuple[float, str]:
 
 
 def _reason(error: BaseException) -> str:
-    """The error in words, even if it cannot say them itself."""
+    """The error in words that can be sent and logged, even if it cannot say them itself."""
     try:
-        return f"{type(error).__name__}: {error}"
+        text = f"{type(error).__name__}: {error}"
+        # Half a surrogate pair, taken from a text, is no character that a log could hold.
+        return text.encode(errors="backslashreplace").decode()
     except BaseException:
         return f"{type(error).__name__} (which cannot be shown)"
 

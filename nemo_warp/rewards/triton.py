@@ -77,9 +77,7 @@ class Serving:
 
 def answer(scores: np.ndarray, reasons: list[str]) -> dict[str, np.ndarray]:
     """The outputs of the protocol from scores [B] (float32, NaN = failed) and reasons."""
-    # A reason may hold half a surrogate pair, taken from a text: no cause to lose the scores.
-    words = [reason.encode(errors="backslashreplace") for reason in reasons]
-    encoded = np.array(words, dtype=np.object_)
+    encoded = np.array([reason.encode() for reason in reasons], dtype=np.object_)
     return {"rewards": scores.reshape(-1, 1).astype(np.float32), "reasons": encoded.reshape(-1, 1)}
 
 
