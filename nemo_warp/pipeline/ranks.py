@@ -24,7 +24,6 @@ import contextlib
 import ctypes
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -32,6 +31,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_warp import exit_codes
+from nemo_warp.ports import free_port
 
 _FORWARDED = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 _PR_SET_PDEATHSIG = 1
@@ -44,13 +44,6 @@ _GRACE_S = 30.0
 def die_with_parent(signal_number: int = signal.SIGKILL) -> None:
     """Ask Linux to send the calling process a signal when its parent dies (for `preexec_fn`)."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal_number)
-
-
-def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return listener.getsockname()[1]
 
 
 def exit_status(returncode: int) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from nemo_warp import exit_codes
 from nemo_warp.records import RecordError
-from nemo_warp.reporting.report import write_report
+from nemo_warp.reporting.write import write_report
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from nemo_warp.ports import free_port
 from nemo_warp.rewards.endpoint import Endpoint, served_name
 from nemo_warp.rewards.errors import RewardError
 
@@ -132,7 +133,7 @@ def _started(infer: Infer, serving: Serving) -> Iterator[tuple[Any, int]]:
     with tempfile.TemporaryDirectory(prefix="reward-", ignore_cleanup_errors=True) as scratch:
         _check_length(Path(scratch))
         for attempt in range(1, _PORT_ATTEMPTS + 1):
-            port = serving.port or _free_port(serving.host)
+            port = serving.port or free_port(serving.host)
             _check_port(serving.host, port)
             triton = _prepared(infer, serving, port, Path(scratch) / str(attempt))
             try:
@@ -225,12 +226,6 @@ def _outputs() -> list[Any]:
         Tensor(name="rewards", shape=(1,), dtype=np.float32),
         Tensor(name="reasons", shape=(1,), dtype=bytes),
     ]
-
-
-def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
 
 
 def _check_port(host: str, port: int) -> None:

@@ -7,8 +7,9 @@ import pytest
 
 from nemo_warp import exit_codes
 from nemo_warp.records import RecordError
-from nemo_warp.reporting import curves, member, report
+from nemo_warp.reporting import curves, member
 from nemo_warp.reporting.run import read_run
+from nemo_warp.reporting.write import write_report
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -57,7 +58,7 @@ def test_every_curve_is_found_in_order(run):
 
 
 def test_table_holds_the_measurements_and_rewards_at_equal_kl(run, tmp_path):
-    report.write_report(run, tmp_path / "out")
+    write_report(run, tmp_path / "out")
     table = (tmp_path / "out/table.md").read_text()
     # The last evaluation of a trajectory; estimates with their errors.
     assert "| iteration 1, member 2 | step 20 | 0.520 | 8.00 | 23.5 |  |  |" in table
@@ -76,7 +77,7 @@ def test_table_holds_the_measurements_and_rewards_at_equal_kl(run, tmp_path):
 
 
 def test_csv_holds_every_measurement_unrounded(run, tmp_path):
-    report.write_report(run, tmp_path / "out")
+    write_report(run, tmp_path / "out")
     lines = (tmp_path / "out/table.csv").read_text().splitlines()
     assert lines[0].startswith("curve,position,reward,reward_stderr,kl_to_sft,kl_to_sft_stderr")
     assert len(lines) == 1 + 4 * 2 + 3 + 3 + 1 + 2
@@ -93,7 +94,7 @@ def test_pictures_show_the_data_and_are_reproducible(run, tmp_path):
     assert picture == (second / "curves.png").read_bytes()
     points = run / "front/points.jsonl"
     points.write_text(points.read_text().replace("0.82", "0.62"))
-    report.write_report(run, second)
+    write_report(run, second)
     assert picture != (second / "curves.png").read_bytes()
 
 

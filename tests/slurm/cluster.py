@@ -16,6 +16,8 @@ import sys
 import time
 from pathlib import Path
 
+from nemo_warp.ports import free_port
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "srun")
 _STARTUP_S = 60.0
 _GPUS = 8
@@ -32,16 +34,6 @@ def missing() -> str | None:
     return None
 
 
-def free_ports(number: int) -> list[int]:
-    listeners = [socket.socket() for _ in range(number)]
-    for listener in listeners:
-        listener.bind(("127.0.0.1", 0))
-    ports = [listener.getsockname()[1] for listener in listeners]
-    for listener in listeners:
-        listener.close()
-    return ports
-
-
 class Cluster:
     """The daemons; nodes are called node1, node2, ..."""
 
@@ -56,7 +48,7 @@ class Cluster:
             (directory / "dev" / f"nvidia{number}").symlink_to("/dev/null")
         for name in self.nodes:
             (directory / "tmp" / name).mkdir(parents=True, exist_ok=True)
-        controller, *ports = free_ports(1 + nodes)
+        controller, *ports = [free_port("127.0.0.1") for _ in range(1 + nodes)]
         self.conf.write_text(self._configuration(controller, ports, cpus))
         # Emulated: Slurm counts them, shares them out and sets CUDA_VISIBLE_DEVICES.
         gpus = f"Name=gpu Type=h100 File={directory}/dev/nvidia[0-{_GPUS - 1}]"

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from nemo_warp.pipeline.launch import environment, slurm
-from nemo_warp.pipeline.ranks import die_with_parent, exit_status, free_port
+from nemo_warp.pipeline.ranks import die_with_parent, exit_status
+from nemo_warp.ports import free_port
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from sandbox import ROOT
 
 from nemo_warp.pipeline.launch import environment
 from nemo_warp.pipeline.launch.steps import Allocation, Step
-from nemo_warp.pipeline.ranks import free_port, threads
+from nemo_warp.pipeline.ranks import threads
+from nemo_warp.ports import free_port
 
 
 def start(code: str, ranks: int = 2) -> subprocess.Popen:

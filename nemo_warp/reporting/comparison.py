@@ -1,0 +1,108 @@
+"""Two policies by their responses, or runs by their fronts: what ``nemo-warp compare`` prints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from nemo_warp.evidence.responses import Responses, read_responses
+from nemo_warp.records import write_json_atomically, write_text_atomically
+from nemo_warp.reporting import fronts, side_by_side
+
+RESPONSES_DIRECTORY = "responses"
+
+
+def compare(
+    words: Sequence[str], judges: Sequence[str] | None, tie: float, output: Path | None
+) -> str:
+    """Compare what ``words`` name: two points, or groups of runs.
+
+    Args:
+        words: as on the command line.
+        judges: names of the rewards to compare by; None or empty: all that both have.
+        tie: scores that differ by no more are equal, in the reward's units.
+        output: directory for compare.md, compare.json and, for runs, fronts.png.
+
+    Returns:
+        The table, Markdown.
+
+    Raises:
+        ValueError: ``words`` name nothing that can be compared.
+    """
+    points = [_point(word) for word in words]
+    chosen = [point for point in points if point is not None]
+    if len(chosen) == len(points):
+        if len(points) != 2:
+            raise ValueError(f"{len(points)} points given, but two can be put side by side")
+        text, values = _two_policies(chosen, judges, tie)
+    elif chosen:
+        raise ValueError("points (files, RUN@KAPPA) and runs cannot be compared with each other")
+    else:
+        groups = [fronts.read_group(word) for word in words]
+        if output:
+            output.mkdir(parents=True, exist_ok=True)
+            fronts.draw(groups, output / "fronts.png")
+        text, values = fronts.compare(groups)
+    if output:
+        output.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(output / "compare.md", text + "\n")
+        write_json_atomically(output / "compare.json", json.loads(json.dumps(values)))
+    return text
+
+
+def _two_policies(
+    points: Sequence[Path], judges: Sequence[str] | None, tie: float
+) -> tuple[str, dict]:
+    first, second = (read_responses(path) for path in points)
+    return side_by_side.compare(first, second, judges_of(first, second, judges), tie)
+
+
+def judges_of(first: Responses, second: Responses, wanted: Sequence[str] | None) -> list[str]:
+    """Names of the numbers that policies are compared by.
+
+    Raises:
+        ValueError: a wanted judge is missing, or there is none in common.
+    """
+    common = [name for name in first.numbers if name in second.numbers]
+    scored = [n for n in common if n == "reward" or n.startswith(("score:", "judge:"))]
+    if not wanted:
+        if not scored:
+            raise ValueError(f"{first.source} and {second.source} have no reward in common")
+        return scored
+    chosen = []
+    for name in wanted:
+        found = [n for n in scored if n == name or n.partition(":")[2] == name]
+        if not found:
+            raise ValueError(f"no judge '{name}' in both; there are {', '.join(scored) or 'none'}")
+        chosen += found
+    return list(dict.fromkeys(chosen))
+
+
+def _point(word: str) -> Path | None:
+    """The file of responses that ``word`` names; None if it names runs."""
+    if Path(word).is_file():
+        return Path(word)
+    place, at, value = word.rpartition("@")
+    if not at:
+        return None
+    try:
+        wanted = float(value)
+    except ValueError:
+        return None
+    run = Path(place)
+    folders = [
+        f for f in (run / RESPONSES_DIRECTORY, run / "front" / RESPONSES_DIRECTORY) if f.is_dir()
+    ]
+    if not folders:
+        raise ValueError(
+            f"no responses below {run}; was it evaluated with evaluation.keep_responses?"
+        )
+    found = {
+        float(p.name.removesuffix(".jsonl.gz").rpartition("_")[2]): p
+        for p in sorted(folders[0].glob("*_*.jsonl.gz"), reverse=True)
+    }
+    if wanted not in found:
+        known = ", ".join(f"{eta:g}" for eta in sorted(found))
+        raise ValueError(f"no responses at {value} in {folders[0]}; there are {known}")
+    return found[wanted]
