@@ -57,6 +57,9 @@ NOT_IDENTITY = (
     "run.max_skipped_updates",
     "run.save_margin",
     "run.keep_checkpoints",
+    "run.measure_anchor",
+    "alarms",
+    "judges",
     "directory",
     "init",
     "sft",
@@ -81,7 +84,17 @@ NOT_IDENTITY = (
     "algorithm.offload_anchor",
     "allow_different_configs",
 )
-"""Patterns of the keys `identity_hash` leaves out: places, limits, paths of inputs, layout."""
+"""Patterns of the keys `identity_hash` leaves out: places, limits, paths of inputs, layout.
+
+Judges are measured and never trained on: a member stays the one it is. What an evaluation measures
+is asked of its points and, in a run, of the evaluation's inputs.
+"""
+
+_ADDED: dict[str, Any] = {"evaluation.generations": 1}
+"""Keys that came later, with the value under which all is as it was before them.
+
+`identity_hash` leaves them out at that value, so that what earlier versions finished stays done.
+"""
 
 
 @dataclass(frozen=True)
@@ -199,13 +212,15 @@ def identity_hash(config: Mapping[str, Any]) -> str:
 def _without(value: Any, path: str) -> Any:
     if isinstance(value, Mapping):
         named = ((key, f"{path}.{key}" if path else str(key), v) for key, v in value.items())
-        return {key: _without(v, name) for key, name, v in named if not _left_out(name)}
+        return {key: _without(v, name) for key, name, v in named if not _left_out(name, v)}
     if isinstance(value, list):
         return [_without(entry, f"{path}.{index}") for index, entry in enumerate(value)]
     return value
 
 
-def _left_out(path: str) -> bool:
+def _left_out(path: str, value: Any) -> bool:
+    if path in _ADDED and value == _ADDED[path]:
+        return True
     return any(fnmatch.fnmatchcase(path, pattern) for pattern in NOT_IDENTITY)
 
 

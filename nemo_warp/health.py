@@ -39,6 +39,7 @@ TESTED = {
     "nvidia-pytriton": ("0.5.14",),
     "tensorboard": ("2.20.0",),
     "vaderSentiment": ("3.3.2",),
+    "textblob": ("0.20.1",),
 }
 """Distribution -> versions in ``constraints/cpu.txt`` (a test keeps the two equal)."""
 
@@ -90,7 +91,8 @@ def checks_of_packages(profile: str) -> Iterator[Check]:
     for name in required:
         yield _package(name, required=True)
     if profile == "train":
-        yield _package("vaderSentiment", required=False)
+        for name in ("vaderSentiment", "textblob"):
+            yield _package(name, required=False)
         for name, instead in STAND_INS.items():
             yield _nvidia_package(name, instead)
     if "torch" in required:

@@ -38,7 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns an exit code of `nemo_warp.exit_codes`."""
     parser = argparse.ArgumentParser(
         prog="python -m nemo_warp.aligner.evaluate",
-        description="Measure reward, KL to SFT and length along (1 - eta) * base + eta * slerp.",
+        description="Measure reward, judges, KL to SFT and length along the line from "
+        "base to slerp: (1 - eta) * base + eta * slerp.",
         epilog="example: torchrun --nproc-per-node 8 -m nemo_warp.aligner.evaluate --config "
         "evaluation.yaml\n    'etas=[0,0.3,1]' evaluation.num_prompts=1024\n"
         "A restart measures only what points.jsonl does not hold yet.",

@@ -23,6 +23,7 @@ import numpy as np
 
 from nemo_warp.records import RecordError, write_bytes_atomically
 
+DIRECTORY = "responses"
 REQUIRED = ("prompt", "prompt_index", "generation", "response")
 
 
@@ -53,6 +54,16 @@ class Responses:
             known = ", ".join(sorted(self.numbers))
             raise ValueError(f"{self.source} has no '{name}'; it has {known}")
         return self.numbers[name]
+
+
+def responses_file(stage: Path, base: str, position: float) -> Path:
+    """Where a stage keeps the responses of a point: ``responses/init_0.3.jsonl.gz``.
+
+    Args:
+        base: ``init`` or ``sft`` (a front's), ``step`` (a member's), ``anchor``.
+        position: eta, kappa, or the step.
+    """
+    return stage / DIRECTORY / f"{base}_{position:.8g}.jsonl.gz"
 
 
 def write_responses(path: Path, records: Iterable[Mapping[str, Any]]) -> None:

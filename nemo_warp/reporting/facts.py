@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from nemo_warp.evidence.responses import read_responses
+from nemo_warp.evidence.responses import DIRECTORY, read_responses, responses_file
 from nemo_warp.evidence.texts import distinct, similarity
 from nemo_warp.records import RecordError
 from nemo_warp.reporting.run import Curve
@@ -57,7 +57,7 @@ def diversity(run: Path, curves: Sequence[Curve]) -> dict[str, dict[str, list[fl
             if curve.kind == "final"
             else (run / f"iteration_{curve.iteration:02d}" / "evaluation")
         )
-        if curve.kind == "trajectory" or not (stage / "responses").is_dir():
+        if curve.kind == "trajectory" or not (stage / DIRECTORY).is_dir():
             continue
         kept = [_responses(stage, point) for point in curve.points]
         bigrams[curve.name] = [
@@ -140,7 +140,7 @@ def _depth(unit: tuple[str, dict[str, Any]]) -> tuple[float, str]:
 
 
 def _responses(stage: Path, point: dict[str, Any]):
-    path = stage / "responses" / f"{point.get('base', 'init')}_{point['eta']:g}.jsonl.gz"
+    path = responses_file(stage, point.get("base", "init"), point["eta"])
     return read_responses(path) if path.exists() else None
 
 

@@ -22,4 +22,12 @@ def vader_compound(prompt: str, response: str) -> float:
     return _vader().polarity_scores(response)["compound"]
 
 
+def textblob_polarity(prompt: str, response: str) -> float:
+    """TextBlob's polarity of the response, in [-1, 1]: mean of a lexicon's words (Loria, 2013)."""
+    from textblob import TextBlob
+
+    return TextBlob(response).sentiment.polarity
+
+
 vader_compound.distributions = ("vaderSentiment",)  # type: ignore[attr-defined]
+textblob_polarity.distributions = ("textblob",)  # type: ignore[attr-defined]

@@ -8,6 +8,7 @@ from nemo_warp.schema.key import REQUIRED, key, section
 from nemo_warp.schema.shared import (
     Algorithm,
     Evaluation,
+    JudgeEntry,
     Model,
     RewardClient,
     RewardEntry,
@@ -46,6 +47,7 @@ class Front:
     rollout: Rollout = section(Rollout)
     algorithm: Algorithm = section(Algorithm)
     rewards: list[RewardEntry] = key(REQUIRED, "what is measured")
+    judges: list[JudgeEntry] = key([], "what is measured beside them")
     reward_client: RewardClient = section(RewardClient)
     evaluation: Evaluation = section(Evaluation)
     trainer: Trainer = section(Trainer)

@@ -9,6 +9,7 @@ from nemo_warp.schema.key import REQUIRED, key, section
 from nemo_warp.schema.shared import (
     Algorithm,
     Evaluation,
+    JudgeEntry,
     Model,
     Optim,
     RewardClient,
@@ -28,6 +29,9 @@ class Run:
     seed: int = key(1, "prompt order and sampling; must differ between members", low=0)
     total_steps: int = key(9000, "T", unit="optimizer steps", low=1, paper="section 4: 9k to 5k")
     eval_interval: int = key(100, "also at step 0 and T", unit="steps", low=1, paper="figure 3")
+    measure_anchor: bool = key(
+        False, "also evaluate the EMA anchor as a policy of its own", paper="figure 14"
+    )
     save_interval: int = key(100, "between training checkpoints", unit="steps", low=1)
     keep_checkpoints: int = key(2, "newest training checkpoints that are kept", low=2)
     max_skipped_updates: int = key(
@@ -52,6 +56,24 @@ class MemberPrompts:
         unit="tokens", low=1,
     )  # fmt: skip
     key: str = key("prompt", "the field that holds the text", nonempty=True)  # last: hides `key`
+
+
+@dataclass
+class Alarms:
+    """``alarms``: trends over a member's evaluations that are told, in the log and the records.
+
+    Each is against the member's first evaluation; null tells nothing. Nothing is stopped.
+    """
+
+    entropy_drop: float | None = key(0.5, "share of the entropy that is lost", above=0, high=1)
+    length_change: float | None = key(0.5, "share by which responses grow or shrink", above=0)
+    judge_gap: float | None = key(
+        1.0, "how much more the reward has risen than a judge, each in standard deviations of its "
+        "scores at the first evaluation", above=0,
+    )  # fmt: skip
+    kl_growth: float | None = key(
+        3.0, "growth of KL to SFT per step since the last evaluation, over that until then", above=1
+    )
 
 
 @dataclass
@@ -84,11 +106,13 @@ class Member:
     rollout: Rollout = section(Rollout)
     algorithm: Algorithm = section(Algorithm)
     rewards: list[RewardEntry] = key(REQUIRED, "what is optimised, see docs/rewards.md")
+    judges: list[JudgeEntry] = key([], "what is measured beside them and never trained on")
     length_penalty: float = key(
         0.0, "subtracted per response token", low=0, paper="appendix E: 0.0005"
     )
     reward_client: RewardClient = section(RewardClient)
     evaluation: Evaluation = section(Evaluation)
+    alarms: Alarms = section(Alarms)
     optim: Optim = section(Optim)
     trainer: Trainer = section(Trainer)
     model: Model = section(Model)

@@ -23,10 +23,9 @@ class Prompts:
 
 
 @dataclass
-class Reward:
-    """An entry of ``rewards``: weight, and one of callable, model and endpoint."""
+class Judge:
+    """An entry of ``judges``: one of callable, model and endpoint."""
 
-    weight: float = key(REQUIRED, "factor in the sum that is optimised; 0 leaves it out")
     callable: str | None = key(
         None, "module:function of texts", pattern=r"[\w.]+:[\w.]+",
         pattern_help="such as package.module:function",
@@ -39,6 +38,13 @@ class Reward:
     nodes: int = key(1, "of a model's server", low=1)
     processes_per_node: int = key(1, "of a model's server", low=1)
     arguments: list[str | int | float] = key([], "further arguments of the server")
+
+
+@dataclass
+class Reward(Judge):
+    """An entry of ``rewards``: weight, and one of callable, model and endpoint."""
+
+    weight: float = key(REQUIRED, "factor in the sum that is optimised; 0 leaves it out")
 
 
 @dataclass
@@ -190,6 +196,7 @@ class Recipe:
     init: str = key("${sft}", "theta_init of iteration 1", nonempty=True)
     prompts: Prompts = section(Prompts)
     rewards: dict[str, Reward] = key({}, "what members are trained on, by name")
+    judges: dict[str, Judge] = key({}, "what is measured and never trained on, by name")
     member: dict[str, Any] = key({}, "overrides of conf/member.yaml, for all members", of=Member)
     per_iteration: list[OneIteration | None] = key([], "one table per iteration, or none")
     per_member: list[OneMember | None] = key([], "one table per member, or none")

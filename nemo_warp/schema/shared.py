@@ -94,6 +94,19 @@ class RewardEntry:
 
 
 @dataclass
+class JudgeEntry:
+    """An entry of ``judges`` of a member or an evaluation: measured, never trained on."""
+
+    name: str = key(
+        REQUIRED, "the judge's name", pattern=r"[A-Za-z0-9._-]{1,64}",
+        pattern_help="of letters, digits, . _ - (at most 64)",
+    )  # fmt: skip
+    endpoint: str | None = key(REQUIRED, "the server's endpoint file")
+    fingerprint: str | None = key(None, "refuse a server of any other judge")
+    shared: bool = key(False, "somebody else's server: of any run, known by its fingerprint")
+
+
+@dataclass
 class RewardClient:
     """``reward_client``: how rewards are asked for."""
 
@@ -115,6 +128,7 @@ class Evaluation:
     """``evaluation``: measuring on held-out prompts."""
 
     num_prompts: int = key(512, "held-out prompts (the first ones)", low=1)
+    generations: int = key(1, "responses to each prompt; 2 or more show diversity", low=1)
     micro_batch_size: int = key("${rollout.micro_batch_size}", "sequences at a time", low=1)
     seed: int = key(0, "common random numbers: equal for all members", low=0)
     exact_kl: bool = key(False, "also the sum over the vocabulary at each token")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 VADER = "nemo_warp.rewards.library:vader_compound"
 STRANGE = "strange_rewards:strange"
+PICKY = "strange_rewards:picky"
 
 
 class Server:

@@ -30,6 +30,13 @@ def strange_batch(prompts: list[str], responses: list[str]) -> list[float]:
     return [strange(*sample) for sample in zip(prompts, responses, strict=True)]
 
 
+def picky(prompt: str, response: str) -> float:
+    """Length of the response; it refuses those whose length is a multiple of 3."""
+    if len(response) % 3 == 0:
+        raise ValueError(f"{len(response)} characters")
+    return float(len(response))
+
+
 def wrong_count(prompts: list[str], responses: list[str]) -> list[float]:
     """Always one score."""
     return [1.0]

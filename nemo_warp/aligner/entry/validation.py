@@ -62,6 +62,11 @@ def _check_algorithm(config: Any) -> None:
             f"algorithm.anchor is none, but kl_coefficient is {algorithm.kl_coefficient}; without "
             "an anchor there is no KL: set algorithm.kl_coefficient=0"
         )
+    if config.run.measure_anchor and algorithm.anchor != "ema":
+        raise ValueError(
+            f"run.measure_anchor is true, but algorithm.anchor is {algorithm.anchor}: only an EMA "
+            "anchor is a policy of its own; set run.measure_anchor=false"
+        )
     check_signal(config.rollout, algorithm)
     scheme = (config.model.extra.get("peft") or {}).get("peft_scheme", "none")
     if scheme not in (None, "none"):

@@ -6,6 +6,7 @@ two steps of one, differ by their weights and not by their luck.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from nemo_warp.aligner.sampling.rewards import RewardSource
 from nemo_warp.aligner.sampling.rollouts import Rollouts, gather_rows, generate, local_rows
 from nemo_warp.aligner.weights.sharded import GatheredWeights, ShardedWeights
 from nemo_warp.core.reinforce import sequence_kl
+from nemo_warp.evidence.responses import write_responses
 
 
 class Evaluator:
@@ -43,14 +45,20 @@ class Evaluator:
         self.sft = sft
 
     @torch.no_grad()
-    def evaluate(self, anchor: ShardedWeights | None = None) -> dict[str, Any]:
+    def evaluate(
+        self, anchor: ShardedWeights | None = None, keep: Path | None = None
+    ) -> dict[str, Any]:
         """Metrics of the model's present weights; equal on every rank. Collective.
+
+        Args:
+            keep: file that the responses are written to (`nemo_warp.evidence.responses`).
 
         Returns:
             ``reward`` and ``reward_stderr``; ``kl_to_sft``, ``kl_to_sft_stderr`` and, with an
             anchor, ``kl_to_anchor``: sampled estimates, sequence sums in nats, and ``..._exact``
             with ``exact_kl``; ``length`` in response tokens; ``entropy``, the mean of -log pi over
-            response tokens (nats per token); ``ended_share``; ``samples``, a few texts.
+            response tokens (nats per token); ``ended_share``; ``samples``, a few texts; with
+            judges ``judges``, ``judges_stderr`` and ``failed_judges``, each by name.
 
         Raises:
             RewardFailureRateError: on every rank.
@@ -58,71 +66,140 @@ class Evaluator:
         with self.model.inference():
             rollouts = generate(
                 self.model,
-                self.prompts,
+                self.prompts * self.config.generations,
                 self.rewards,
                 self.config.micro_batch_size,
                 seed_parts=(self.config.seed, "evaluation"),
+                judged=True,
             )
             self.rewards.check(rollouts.failed)
-            values = self._rewards(rollouts) | self._divergences(rollouts, anchor)
-        values["samples"] = self._samples(rollouts)
-        return values
+            divergences, entropy = self._divergences(rollouts, anchor)
+        if keep is not None and torch.distributed.get_rank() == 0:
+            write_responses(keep, self._records(rollouts, divergences["kl_to_sft"]))
+        values = self._rewards(rollouts) | {"entropy": entropy}
+        for name, rows in divergences.items():
+            values |= {name: rows.mean().item(), f"{name}_stderr": self._standard_error(rows)}
+        return values | self._judges(rollouts) | {"samples": self._samples(rollouts)}
 
     def _rewards(self, rollouts: Rollouts) -> dict[str, Any]:
-        rewards = rollouts.rewards[~rollouts.failed]
         return {
-            "reward": rewards.mean().item(),
-            "reward_stderr": _standard_error(rewards),
+            "reward": rollouts.rewards[~rollouts.failed].mean().item(),
+            "reward_stderr": self._standard_error(rollouts.rewards),
             "length": rollouts.response_lengths.float().mean().item(),
             "ended_share": rollouts.is_end.float().mean().item(),
             "failed_rewards": int(rollouts.failed.sum()),
             "num_prompts": len(self.prompts),
         }
 
-    def _divergences(self, rollouts: Rollouts, anchor: ShardedWeights | None) -> dict[str, Any]:
+    def _judges(self, rollouts: Rollouts) -> dict[str, Any]:
+        """Means over what each judge scored, null where it scored nothing; its failures counted."""
+        rewards, names = self.rewards.names(judged=False), self.rewards.names(judged=True)
+        judges = names[len(rewards) :]
+        if not judges or rollouts.parts is None:
+            return {}
+        columns = dict(zip(judges, rollouts.parts.T[len(rewards) :], strict=True))
+        failed = {name: int(column.isnan().sum()) for name, column in columns.items()}
+        scored = {name: not column.isnan().all() for name, column in columns.items()}
+        return {
+            "judges": {
+                n: c.nanmean().item() if scored[n] else None for n, c in columns.items()
+            },
+            "judges_stderr": {
+                n: self._standard_error(c) if scored[n] else None for n, c in columns.items()
+            },
+            "failed_judges": failed,
+        }  # fmt: skip
+
+    def _divergences(
+        self, rollouts: Rollouts, anchor: ShardedWeights | None
+    ) -> tuple[dict[str, Tensor], float]:
+        """Each response's divergences by name, float32 [B], and the mean entropy of its tokens."""
         rows = local_rows(len(rollouts.tokens))
         tokens, mask = rollouts.tokens[rows], rollouts.mask[rows]
         log_probs = self.model.get_inference_log_probs(tokens)
-        values = {"entropy": _token_mean(-log_probs, mask)}
+        found: dict[str, Tensor] = {}
         references = {"kl_to_sft": self.sft}
         if anchor is not None and anchor is not self.sft:
             references["kl_to_anchor"] = anchor
         for name, weights in references.items():
             with weights.gathered() as gathered:
-                values |= self._divergence(name, tokens, mask, log_probs, gathered)
+                found |= self._divergence(name, tokens, mask, log_probs, gathered)
         if anchor is self.sft:
-            values["kl_to_anchor"] = values["kl_to_sft"]
-        return values
+            found["kl_to_anchor"] = found["kl_to_sft"]
+        return found, _token_mean(-log_probs, mask)
 
     def _divergence(
         self, name: str, tokens: Tensor, mask: Tensor, log_probs: Tensor, weights: GatheredWeights
-    ) -> dict[str, float]:
+    ) -> dict[str, Tensor]:
         with weights.in_place():
             reference = self.model.get_inference_log_probs(tokens)
-        kl = gather_rows(sequence_kl(log_probs, reference, mask, "log_ratio", "sum"))
-        values = {name: kl.mean().item(), f"{name}_stderr": _standard_error(kl)}
+        found = {name: gather_rows(sequence_kl(log_probs, reference, mask, "log_ratio", "sum"))}
         if self.config.exact_kl:
             size = self.config.micro_batch_size
-            exact = gather_rows(
-                torch.cat(
-                    [
-                        self.model.get_exact_kl(tokens[i : i + size], mask[i : i + size], weights)
-                        for i in range(0, len(tokens), size)
-                    ]
-                )
-            )
-            values |= {f"{name}_exact": exact.mean().item()}
-            values |= {f"{name}_exact_stderr": _standard_error(exact)}
-        return values
+            exact = [
+                self.model.get_exact_kl(tokens[i : i + size], mask[i : i + size], weights)
+                for i in range(0, len(tokens), size)
+            ]
+            found[f"{name}_exact"] = gather_rows(torch.cat(exact))
+        return found
+
+    def _standard_error(self, rows: Tensor) -> float:
+        """Of the mean over prompts, whose generations [B = generations * prompts] are averaged.
+
+        Responses to one prompt are no independent observations. NaN rows are left out; 0 for a
+        single prompt.
+        """
+        means = rows.double().view(self.config.generations, -1).nanmean(0)
+        means = means[~means.isnan()]
+        return (means.std() / len(means) ** 0.5).item() if len(means) > 1 else 0.0
 
     def _samples(self, rollouts: Rollouts) -> list[dict[str, Any]]:
         shown = []
-        for i in range(min(self.config.num_samples_shown, len(rollouts.tokens))):
-            start, stop = int(rollouts.prompt_lengths[i]), int(rollouts.lengths[i])
-            response = self.model.tokenizer.ids_to_text(rollouts.tokens[i, start:stop].tolist())
+        for i in range(min(self.config.num_samples_shown, len(self.prompts))):
             reward = None if rollouts.failed[i] else rollouts.rewards[i].item()
-            shown.append({"prompt": self.prompts[i].text, "response": response, "reward": reward})
+            text = self._text(rollouts, i)
+            shown.append({"prompt": self.prompts[i].text, "response": text, "reward": reward})
         return shown
+
+    def _records(self, rollouts: Rollouts, log_ratios: Tensor) -> list[dict[str, Any]]:
+        """What is kept of each response; only rank 0 needs it."""
+        rewards, names = self.rewards.names(judged=False), self.rewards.names(judged=True)
+        parts = [[_plain(v) for v in row] for row in _rows(rollouts.parts, len(log_ratios))]
+        records = []
+        for i, scores in enumerate(parts):
+            prompt = i % len(self.prompts)
+            by_name = dict(zip(names, scores, strict=False))
+            records.append(
+                {
+                    "prompt": self.prompts[prompt].text,
+                    "prompt_index": prompt,
+                    "generation": i // len(self.prompts),
+                    "response": self._text(rollouts, i),
+                    "reward": _plain(rollouts.rewards[i].item()),
+                    "scores": {n: s for n, s in by_name.items() if n in rewards},
+                    "judges": {n: s for n, s in by_name.items() if n not in rewards},
+                    "tokens": int(rollouts.response_lengths[i]),
+                    "log_ratio": _plain(log_ratios[i].item()),
+                    "ended": bool(rollouts.is_end[i]),
+                }
+            )
+        return records
+
+    def _text(self, rollouts: Rollouts, row: int) -> str:
+        """The response as its rewards saw it, without the end token."""
+        start, stop = int(rollouts.prompt_lengths[row]), int(rollouts.lengths[row])
+        tokens = [t for t in rollouts.tokens[row, start:stop].tolist()
+                  if t != self.model.tokenizer.eos_id]  # fmt: skip
+        return self.model.tokenizer.ids_to_text(tokens)
+
+
+def _rows(parts: Tensor | None, count: int) -> list[list[float]]:
+    return [[] for _ in range(count)] if parts is None else parts.tolist()
+
+
+def _plain(value: float) -> float | None:
+    """A float32 in the digits it has; null where it is none."""
+    return float(f"{value:.7g}") if value == value else None
 
 
 def _token_mean(values: Tensor, mask: Tensor) -> float:
@@ -130,10 +207,3 @@ def _token_mean(values: Tensor, mask: Tensor) -> float:
     sums = torch.stack([(values * mask).sum(-1), mask.sum(-1)], dim=-1)
     total, count = gather_rows(sums).double().sum(0).tolist()
     return total / count
-
-
-def _standard_error(values: Tensor) -> float:
-    """Standard error of the mean; 0 for a single value."""
-    if len(values) < 2:
-        return 0.0
-    return (values.double().std() / len(values) ** 0.5).item()

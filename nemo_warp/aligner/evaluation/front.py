@@ -21,6 +21,7 @@ from nemo_warp.aligner.policy.build import build_policy
 from nemo_warp.aligner.sampling.rewards import RewardSource
 from nemo_warp.aligner.weights.intact import refuse_damaged
 from nemo_warp.config import identity_hash, to_plain
+from nemo_warp.evidence.responses import responses_file
 from nemo_warp.records import Completion, code_version, hash_file, write_completion
 
 # Nothing is trained; NeMo's set-up wants an optimizer, and torch's allocates nothing before a step.
@@ -30,7 +31,7 @@ _OPTIMIZER = {"name": "adamw", "lr": 1e-6, "betas": [0.9, 0.95], "weight_decay":
 def measure_front(config: DictConfig, texts: list[str]) -> int:
     """Measure what ``points.jsonl`` lacks, then write the completion record. Collective."""
     path = Path(config.directory) / POINTS_FILE
-    done = measured_points(path)
+    done = measured_points(path, [judge.name for judge in config.judges])
     missing = [point for point in wanted_points(config) if point not in done]
     if missing:
         _measure(config, texts, path, missing)
@@ -60,7 +61,7 @@ def _measure(
         weights = bases[base].clone()
         weights.lerp_(slerp, eta)
         with weights.in_place():
-            values = evaluator.evaluate()
+            values = evaluator.evaluate(keep=responses_file(path.parent, base, eta))
         if not silent:
             _record(path, {"base": base, "eta": eta, **values})
     rewards.close()
@@ -82,10 +83,13 @@ def _record(path: Path, point: dict[str, Any]) -> None:
 
 
 def _complete(config: DictConfig, path: Path) -> None:
+    """The record names the responses, too; points of an earlier version have none."""
+    files = (responses_file(path.parent, *point) for point in wanted_points(config))
+    kept = sorted(str(file.relative_to(path.parent)) for file in files if file.exists())
     record = Completion(
         kind="evaluation",
         config_hash=identity_hash(to_plain(config)),
-        files={POINTS_FILE: hash_file(path)},
+        files={name: hash_file(path.parent / name) for name in (POINTS_FILE, *kept)},
         details={"etas": [float(eta) for eta in config.etas], "seed": config.evaluation.seed},
         code_version=code_version(),
         versions=package_versions(),

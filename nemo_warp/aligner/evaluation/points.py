@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,17 @@ def wanted_points(config: DictConfig) -> Iterator[tuple[str, float]]:
             yield base, float(eta)
 
 
-def measured_points(path: Path) -> dict[tuple[str, float], dict[str, Any]]:
-    """Points on record; an incomplete last line does not count."""
+def measured_points(
+    path: Path, judges: Collection[str] = ()
+) -> dict[tuple[str, float], dict[str, Any]]:
+    """Points on record that these judges have seen; an incomplete last line does not count."""
     points = {}
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             point = json.loads(line)
-            points[point["base"], float(point["eta"])] = point
+            place = point["base"], float(point["eta"])
+            if set(judges) <= set(point.get("judges") or {}):
+                points[place] = point
         except (ValueError, KeyError, TypeError):
             continue
     return points

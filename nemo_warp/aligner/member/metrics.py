@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from nemo.utils import logging
 from nemo_aligner.utils.train_script_utils import CustomLoggerWrapper
 
+from nemo_warp.evidence.trends import Thresholds, alarms
 from nemo_warp.records import canonical_json, write_text_atomically
 
 METRICS_FILE = "metrics.jsonl"
@@ -31,6 +33,7 @@ class MetricsLog:
 
     def __init__(self, directory: Path, loggers: Any, config: dict[str, Any], step: int, name: str):
         self._directory = directory
+        self._limits = Thresholds(**config["alarms"])
         for file in (METRICS_FILE, TIMINGS_FILE):
             _keep_until(directory / file, step)
         views: list[Logger] = []
@@ -42,13 +45,30 @@ class MetricsLog:
         self._views.log_hyperparams(config)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """One record: ``kind`` is ``train``, ``eval`` or ``timing``; NaN becomes null."""
+        """One record: ``kind`` is ``train``, ``eval``, ``anchor`` or ``timing``; NaN becomes null.
+
+        A record of an evaluation also holds its ``alarms``, which are warned of.
+        """
         record = {"step": step, "kind": kind, **{k: _finite(v) for k, v in values.items()}}
+        if kind == "eval":
+            record["alarms"] = self._alarms(record)
         file = TIMINGS_FILE if kind == "timing" else METRICS_FILE
         with (self._directory / file).open("a") as stream:
             stream.write(canonical_json(record) + "\n")
         numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
+        judges = (values.get("judges") or {}).items()
+        numbers |= {f"judge_{name}": value for name, value in judges if value is not None}
         self._views.log_metrics(numbers, step=step, prefix=f"{kind}/")
+
+    def _alarms(self, record: dict[str, Any]) -> dict[str, str]:
+        """What the evaluations until this one are alarming for."""
+        lines = _lines(self._directory / METRICS_FILE)
+        before = [r for r in map(json.loads, lines) if r["kind"] == "eval"]
+        before = [r for r in before if r["step"] < record["step"]]
+        found = alarms([*before, record], self._limits)
+        for text in found.values():
+            logging.warning(f"step {record['step']}: {text}")
+        return found
 
     def close(self) -> None:
         """Flush the views."""
@@ -69,11 +89,15 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
 def _keep_until(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in _lines(path):
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)

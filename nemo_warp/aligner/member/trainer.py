@@ -31,6 +31,7 @@ from nemo_warp.aligner.weights import training_checkpoint
 from nemo_warp.aligner.weights.anchor import EmaAnchor
 from nemo_warp.aligner.weights.sharded import ShardedWeights
 from nemo_warp.core.seeds import prompt_indices
+from nemo_warp.evidence.responses import responses_file
 from nemo_warp.records import RecordError
 from nemo_warp.rewards import RewardFailureRateError
 
@@ -233,13 +234,24 @@ class WarpReinforceTrainer:
         return self.step % interval == 0 or self.step == self.config.run.total_steps
 
     def _evaluate(self) -> dict[str, Any]:
+        directory = Path(self.config.run.directory)
         with self.timings.measure("evaluation"):
-            values = self.evaluator.evaluate(self.objective.reference)
+            keep = responses_file(directory, "step", self.step)
+            values = self.evaluator.evaluate(self.objective.reference, keep)
+            self._evaluate_anchor(responses_file(directory, "anchor", self.step))
         if self.anchor is not None and self.anchor.flat is not None:
             values["anchor_flat"] = self.anchor.flat
         self.evaluated = True
         self.log.write("eval", self.step, values)
         return values
+
+    def _evaluate_anchor(self, keep: Path) -> None:
+        """The anchor as a policy of its own, where that is asked for (the paper's Figure 14)."""
+        if self.anchor is None or not self.config.run.measure_anchor:
+            return
+        with self.anchor.weights.in_place():
+            values = self.evaluator.evaluate(keep=keep)
+        self.log.write("anchor", self.step, values)
 
     def _evaluate_and_check_limit(self) -> bool:
         limit = self.config.evaluation.kl_limit

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from nemo_aligner.utils.distributed import broadcast_2d_tensor_within_mp
 from nemo_aligner.utils.parallel_state import get_model_parallel_src_rank
@@ -19,10 +20,17 @@ from nemo_warp.rewards.settings import RewardClientSettings
 
 @dataclass(frozen=True)
 class LocalScores:
-    """Rewards of one micro batch: float32 [b] (NaN where failed) and bool [b]."""
+    """Rewards of one micro batch.
+
+    Attributes:
+        scores: float32 [b], the weighted sum; NaN where failed.
+        failed: bool [b].
+        parts: float32 [b, K], unweighted, in the order of `RewardSource.names`; NaN where failed.
+    """
 
     scores: Tensor
     failed: Tensor
+    parts: Tensor
 
 
 @dataclass(frozen=True)
@@ -36,18 +44,26 @@ class PendingRewards:
 class RewardSource:
     """Scores (prompt, response) texts; never raises for a reward that failed, marks it instead.
 
+    Judges are asked by evaluations only; their scores are in no sum and their failures in no
+    budget.
+
     Args:
-        config: the member's configuration (``rewards``, ``reward_client``).
+        config: the member's configuration (``rewards``, ``judges``, ``reward_client``).
         run_id: the servers' run identity.
     """
 
     def __init__(self, config: Any, run_id: str) -> None:
         self._is_source = torch.distributed.get_rank() == get_model_parallel_src_rank()
-        self._mixture = None
+        self._mixture = self._judges = None
+        self._weights = {reward.name: float(reward.weight) for reward in config.rewards}
+        self._judge_names = [judge.name for judge in config.judges]
         if self._is_source:
             self._mixture = RewardMixture.from_config(
                 config.rewards, config.reward_client, run_id=run_id
             )
+        if self._is_source and config.judges:
+            judges = [{**judge, "weight": 0.0} for judge in config.judges]
+            self._judges = RewardMixture.from_config(judges, config.reward_client, run_id=run_id)
         self._budget = RewardClientSettings.from_config(config.reward_client).failure_budget()
         self._reasons: list[str] = []  # of the failures since the last check
 
@@ -65,6 +81,7 @@ class RewardSource:
             try:
                 self._mixture.connect()
                 _check_same(expected, self._mixture.fingerprints)
+                self._connect_judges()
             except RewardError as error:  # carried to all ranks, raised below
                 message = str(error)
         messages: list[str | None] = [None] * torch.distributed.get_world_size()
@@ -80,18 +97,30 @@ class RewardSource:
         torch.distributed.broadcast_object_list(found, src=0)
         return found[0]
 
+    def names(self, judged: bool) -> list[str]:
+        """What the columns of ``parts`` are: the rewards and, where asked, the judges."""
+        return [*self._weights, *(self._judge_names if judged else ())]
+
     def submit(
-        self, actor: Any, prompts: list[Prompt], output: dict[str, Tensor]
+        self, actor: Any, prompts: list[Prompt], output: dict[str, Tensor], judged: bool = False
     ) -> PendingRewards:
-        """Send one micro batch off and return at once."""
+        """Send one micro batch off and return at once.
+
+        Args:
+            judged: ask the judges, too.
+        """
         if self._mixture is None:
             return PendingRewards(lambda: _share(None))
-        future = self._mixture.submit([p.text for p in prompts], response_texts(actor, output))
+        texts = [p.text for p in prompts], response_texts(actor, output)
+        future = self._mixture.submit(*texts)
+        judging = self._judges.submit(*texts) if judged and self._judges is not None else None
 
         def wait() -> LocalScores:
             scores = future.result()
             self._reasons += [reason for reason in scores.reasons if reason]
-            return _share(torch.as_tensor(scores.scores, dtype=torch.float32))
+            parts = scores.parts | (judging.result().parts if judging is not None else {})
+            rows = np.stack([scores.scores, *(parts[name] for name in self.names(judged))])
+            return _share(torch.as_tensor(rows, dtype=torch.float32))
 
         return PendingRewards(wait)
 
@@ -124,8 +153,30 @@ class RewardSource:
 
     def close(self) -> None:
         """End the connections."""
-        if self._mixture is not None:
-            self._mixture.close()
+        for mixture in (self._mixture, self._judges):
+            if mixture is not None:
+                mixture.close()
+
+    def _connect_judges(self) -> None:
+        """Wait for the judges.
+
+        Raises:
+            RewardError: one is not there, or is a reward that is trained on.
+        """
+        if self._judges is None or self._mixture is None:
+            return
+        self._judges.connect()
+        trained = {
+            fingerprint: name
+            for name, fingerprint in self._mixture.fingerprints.items()
+            if self._weights[name] != 0
+        }
+        for name, fingerprint in self._judges.fingerprints.items():
+            if fingerprint in trained:
+                raise RewardError(
+                    f"judge '{name}' computes what reward '{trained[fingerprint]}' does "
+                    f"(fingerprint {fingerprint}): a judge is never trained on; remove one of them"
+                )
 
 
 def response_texts(actor: Any, output: dict[str, Tensor]) -> list[str]:
@@ -154,9 +205,9 @@ def _check_same(expected: dict[str, str] | None, found: dict[str, str]) -> None:
         )
 
 
-def _share(scores: Tensor | None) -> LocalScores:
-    """From the rank that asked to its model-parallel group."""
-    if scores is not None:
-        scores = scores.to(torch.cuda.current_device()).unsqueeze(0)
-    shared = broadcast_2d_tensor_within_mp(scores).squeeze(0)
-    return LocalScores(shared, shared.isnan())
+def _share(rows: Tensor | None) -> LocalScores:
+    """From the rank that asked to its model-parallel group: the sum, then each part [1 + K, b]."""
+    if rows is not None:
+        rows = rows.to(torch.cuda.current_device())
+    shared = broadcast_2d_tensor_within_mp(rows)
+    return LocalScores(shared[0], shared[0].isnan(), shared[1:].T)

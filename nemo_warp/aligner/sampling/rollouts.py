@@ -30,6 +30,8 @@ class Rollouts:
         is_end: bool [B], the response ended by itself.
         rewards: float32 [B], NaN where failed.
         failed: bool [B], no reward could be had.
+        parts: float32 [B, K], each reward (and judge) by itself, NaN where failed; None for
+            rollouts that nobody scored.
     """
 
     tokens: Tensor
@@ -38,6 +40,7 @@ class Rollouts:
     is_end: Tensor
     rewards: Tensor
     failed: Tensor
+    parts: Tensor | None = None
 
     @property
     def mask(self) -> Tensor:
@@ -73,6 +76,7 @@ def generate(
     micro_batch_size: int,
     seed_parts: tuple[int | str, ...],
     pad_multiple: int = 1,
+    judged: bool = False,
 ) -> Rollouts:
     """Sample one response per entry of ``prompts`` and score them.
 
@@ -84,6 +88,7 @@ def generate(
         seed_parts: with the number of the micro batch in the GLOBAL batch they give its sampling
             seed, so that the responses do not depend on the data-parallel size.
         pad_multiple: S is rounded up to it (sequence parallelism needs a multiple of TP).
+        judged: ask the judges, too.
     """
     local = local_rows(len(prompts))
     outputs: list[dict[str, Tensor]] = []
@@ -97,7 +102,7 @@ def generate(
             actor.tokenizer.eos_id,
         )
         outputs.append(output)
-        pending.append(rewards.submit(actor, batch, output))
+        pending.append(rewards.submit(actor, batch, output, judged))
     scores = [p.wait() for p in pending]
     return Rollouts(
         tokens=gather_rows(_pad_to_longest(outputs, actor.tokenizer.eos_id, pad_multiple)),
@@ -106,6 +111,7 @@ def generate(
         is_end=gather_rows(torch.cat([o["is_end"].byte() for o in outputs])).bool(),
         rewards=gather_rows(torch.cat([s.scores for s in scores])),
         failed=gather_rows(torch.cat([s.failed.byte() for s in scores])).bool(),
+        parts=gather_rows(torch.cat([s.parts for s in scores])),
     )
 
 

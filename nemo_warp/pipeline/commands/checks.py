@@ -26,6 +26,8 @@ def check_before_start(recipe: Recipe) -> None:
     for name, reward in recipe.values["rewards"].items():
         if reward["weight"] != 0:
             _check_reward(recipe, f"rewards.{name}", reward)
+    for name, judge in recipe.judges.items():
+        _check_reward(recipe, f"judges.{name}", judge)
     _check_space(recipe)
 
 

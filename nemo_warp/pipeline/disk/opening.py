@@ -155,6 +155,7 @@ def _some(names: Iterable[str]) -> str:
 def _inputs(recipe: Recipe) -> dict[str, Path]:
     values = recipe.values
     models = {f"reward {n}": r["model"] for n, r in values["rewards"].items() if r.get("model")}
+    models |= {f"judge {n}": j["model"] for n, j in values["judges"].items() if j.get("model")}
     named = {"sft": values["sft"], "init": values["init"], **models}
     named |= {f"prompts.{key}": path for key, path in values["prompts"].items()}
     return {name: Path(path) for name, path in named.items()}

@@ -45,7 +45,7 @@ class Request:
         commands: words after the interpreter, of programs to run one after the other (none for
             members and evaluations, which are parallel jobs).
         building: file written below ``building/`` -> its names once published.
-        rewards: rewards the stage needs, by name, in the order of its configuration.
+        rewards, judges: what the stage asks, by name, in the order of its configuration.
     """
 
     kind: str
@@ -56,6 +56,7 @@ class Request:
     commands: tuple[tuple[str, ...], ...] = ()
     building: dict[str, tuple[str, ...]] = field(default_factory=dict)
     rewards: dict[str, dict[str, Any]] = field(default_factory=dict)
+    judges: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @functools.cached_property
     def config_hash(self) -> str:
@@ -118,7 +119,9 @@ def _member(recipe: Recipe, stage: Stage, contents: Contents) -> Request:
     inputs = {"init": init_hash, "sft": contents.pinned("sft"), **_hashes(rewards, contents)}
     inputs |= {key: contents.pinned(key) for key in ("prompts.train", "prompts.heldout")}
     reads = (init, Path(recipe.values["sft"]), *map(Path, recipe.values["prompts"].values()))
-    return Request(MEMBER, config, inputs, reads, ("policy.nemo",), rewards=rewards)
+    # Judges are none of its inputs: what is only measured makes no other member.
+    outputs = ("policy.nemo",)
+    return Request(MEMBER, config, inputs, reads, outputs, rewards=rewards, judges=recipe.judges)
 
 
 def _merge(recipe: Recipe, stage: Stage, contents: Contents) -> Request:
@@ -197,9 +200,12 @@ def _measure(
         "sft": contents.pinned("sft"),
         "prompts.heldout": contents.pinned("prompts.heldout"),
         **_hashes(rewards, contents),
+        **_hashes(recipe.judges, contents, "judge"),
     }
-    reads = (base, slerp, Path(recipe.values["sft"]))
-    return Request(stage.kind, config, inputs, reads, ("points.jsonl",), rewards=rewards)
+    reads, outputs = (base, slerp, Path(recipe.values["sft"])), ("points.jsonl",)
+    return Request(
+        stage.kind, config, inputs, reads, outputs, rewards=rewards, judges=recipe.judges
+    )
 
 
 def _final(recipe: Recipe, stage: Stage, contents: Contents) -> Request:
@@ -230,14 +236,15 @@ _BUILDERS = {
 }
 
 
-def _hashes(rewards: dict[str, dict[str, Any]], contents: Contents) -> dict[str, str]:
+def _hashes(
+    rewards: dict[str, dict[str, Any]], contents: Contents, noun: str = "reward"
+) -> dict[str, str]:
     """What decides the scores: the callable and its options, or the model's contents."""
     deciding = ("callable", "options", "batch", "fingerprint", "arguments")
     hashes = {}
     for name, reward in rewards.items():
         known = {key: reward[key] for key in deciding if reward.get(key)}
-        model = contents.pinned(f"reward {name}") if reward.get("model") else None
-        hashes[f"reward {name}"] = config_hash(
-            {**known, "weight": float(reward["weight"]), "model": model}
-        )
+        model = contents.pinned(f"{noun} {name}") if reward.get("model") else None
+        weight = {"weight": float(reward["weight"])} if "weight" in reward else {}
+        hashes[f"{noun} {name}"] = config_hash({**known, **weight, "model": model})
     return hashes

@@ -29,10 +29,10 @@ def node_counts(
 def servers(
     recipe: Recipe, request: Request, allocation: Allocation, directory: Path
 ) -> list[Step]:
-    """A reward server for each reward that is a callable or a model."""
+    """A server for each reward and judge that is a callable or a model."""
     next_node, _ = node_counts(request.config, [])
     steps = []
-    for name, reward in request.rewards.items():
+    for name, reward in (request.rewards | request.judges).items():
         if reward.get("endpoint"):
             continue
         nodes = reward.get("nodes", 1) if reward.get("model") else 0
@@ -107,8 +107,9 @@ def _command_key(stage: Stage) -> str:
 def _endpoints(request: Request, directory: Path) -> tuple[str, ...]:
     """Overrides that tell the program where this attempt's servers are."""
     return tuple(
-        f"rewards.{index}.endpoint={directory / f'endpoint_{name}.json'}"
-        for index, (name, reward) in enumerate(request.rewards.items())
+        f"{section}.{index}.endpoint={directory / f'endpoint_{name}.json'}"
+        for section, served in (("rewards", request.rewards), ("judges", request.judges))
+        for index, (name, reward) in enumerate(served.items())
         if not reward.get("endpoint")
     )
 

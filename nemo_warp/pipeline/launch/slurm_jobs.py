@@ -180,7 +180,7 @@ def job_shape(recipe: Recipe, kind: str, iteration: int = 0, member: int = 0) ->
 def _nodes(recipe: Recipe, kind: str, iteration: int, member: int) -> int:
     if kind in (EVALUATION, FRONT):
         config = {"trainer": recipe.evaluation_config()["trainer"]}
-        return sum(node_counts(config, recipe.rewards().values()))
+        return sum(node_counts(config, [*recipe.rewards().values(), *recipe.judges.values()]))
     if kind != MEMBER:
         return 1
     # Without a table of their own all are alike: not 999 times 999 configurations.
@@ -190,7 +190,11 @@ def _nodes(recipe: Recipe, kind: str, iteration: int, member: int) -> int:
         for given, table in zip((iteration, member), tables, strict=True)
     )
     return max(
-        sum(node_counts(recipe.member_config(i, m), recipe.rewards(m).values()))
+        sum(
+            node_counts(
+                recipe.member_config(i, m), [*recipe.rewards(m).values(), *recipe.judges.values()]
+            )
+        )
         for i in iterations
         for m in members
     )

@@ -85,6 +85,11 @@ class Recipe:
         merged = {n: {**r, **changes.get(n, {})} for n, r in self.values["rewards"].items()}
         return {name: reward for name, reward in merged.items() if reward["weight"] != 0}
 
+    @property
+    def judges(self) -> dict[str, dict[str, Any]]:
+        """What is measured and never trained on, by name."""
+        return self.values["judges"]
+
     def member_config(self, iteration: int, member: int) -> dict[str, Any]:
         """The member's whole configuration but for its init and its rewards' endpoints."""
         config = copy.deepcopy(self._resolved_member(iteration, member))
@@ -92,6 +97,7 @@ class Recipe:
         config["run"]["name"] = name
         config["run"]["seed"] = self.seed(iteration, member)
         config["rewards"] = self.reward_entries(member)
+        config["judges"] = self.judge_entries()
         return config
 
     def evaluation_config(self) -> dict[str, Any]:
@@ -108,6 +114,7 @@ class Recipe:
             "sft": self.values["sft"],
             "run_id": self.name,
             "rewards": self.reward_entries(),
+            "judges": self.judge_entries(),
         }
         settings = Overrides(self.values["evaluation"]["settings"], "section evaluation.settings")
         config = load_config(CONF_DIRECTORY / "evaluation.yaml", shared, settings)
@@ -125,6 +132,18 @@ class Recipe:
                 **({"shared": True} if reward.get("endpoint") else {}),
             }
             for name, reward in self.rewards(member).items()
+        ]
+
+    def judge_entries(self) -> list[dict[str, Any]]:
+        """`judges` as the section ``judges`` of a member or an evaluation."""
+        return [
+            {
+                "name": name,
+                "endpoint": judge.get("endpoint"),
+                "fingerprint": judge.get("fingerprint"),
+                "shared": bool(judge.get("endpoint")),
+            }
+            for name, judge in self.judges.items()
         ]
 
     def seed(self, iteration: int, member: int) -> int:
@@ -270,7 +289,7 @@ def _make_absolute(values: dict[str, Any]) -> None:
         if values[key] is not None:
             values[key] = os.path.abspath(values[key])
     values["prompts"] = {k: os.path.abspath(p) for k, p in values["prompts"].items()}
-    for reward in values["rewards"].values():
+    for reward in (*values["rewards"].values(), *values["judges"].values()):
         for key in ("model", "endpoint"):
             if isinstance(reward, dict) and reward.get(key):
                 reward[key] = os.path.abspath(reward[key])

@@ -22,11 +22,13 @@ _REWARD_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _REPLACED = {
     "run": ("name", "directory", "seed"),
     "prompts": ("train", "heldout"),
-    "": ("init", "sft", "rewards"),
+    "": ("init", "sft", "rewards", "judges"),
 }
 """Keys of a member that the driver gives each member itself, with the recipe's key that counts."""
 _INSTEAD = {"seed": "seed or seeds", "directory": "run_directory"}
-_REPLACED_IN_SETTINGS = ("directory", "base", "slerp", "sft", "etas", "rewards", "run_id")
+_REPLACED_IN_SETTINGS = (
+    "directory", "base", "slerp", "sft", "etas", "rewards", "judges", "run_id"
+)  # fmt: skip
 
 
 def refuse_replaced(values: dict[str, Any]) -> None:
@@ -73,6 +75,7 @@ def check_recipe(values: dict[str, Any], source: str, files_here: bool = True) -
     try:
         _check_seeds(values)
         _check_rewards(values)
+        _check_judges(values)
         _check_tables(values)
         _check_rates(values)
         _check_gpus(values["launcher"])
@@ -103,11 +106,33 @@ def _check_seeds(values: dict[str, Any]) -> None:
 def _check_rewards(values: dict[str, Any]) -> None:
     _require(bool(values["rewards"]), "rewards is empty; name at least one")
     for name, reward in values["rewards"].items():
-        where = f"rewards.{name}"
-        _require(bool(_REWARD_NAME.fullmatch(name)), f"{where}: use letters, digits, . _ -")
-        sources = [key for key in ("callable", "model", "endpoint") if reward.get(key)]
-        _require(len(sources) == 1, f"{where} needs exactly one of callable, model and endpoint, "
-                 f"found {', '.join(sources) or 'none'}")  # fmt: skip
+        _check_served(f"rewards.{name}", name, reward)
+
+
+def _check_served(where: str, name: str, reward: dict[str, Any]) -> None:
+    _require(bool(_REWARD_NAME.fullmatch(name)), f"{where}: use letters, digits, . _ -")
+    sources = [key for key in ("callable", "model", "endpoint") if reward.get(key)]
+    _require(len(sources) == 1, f"{where} needs exactly one of callable, model and endpoint, "
+             f"found {', '.join(sources) or 'none'}")  # fmt: skip
+
+
+def _check_judges(values: dict[str, Any]) -> None:
+    """A judge is measured and never trained on."""
+    computed = ("callable", "options", "model", "endpoint")
+    trained = {name: reward for name, reward in values["rewards"].items() if reward["weight"] != 0}
+    for table in filter(None, values["per_member"]):
+        weights = table.get("rewards") or {}
+        trained |= {n: values["rewards"][n] for n, r in weights.items()
+                    if n in values["rewards"] and r["weight"] != 0}  # fmt: skip
+    for name, judge in values["judges"].items():
+        _check_served(f"judges.{name}", name, judge)
+        same = [
+            other
+            for other, reward in trained.items()
+            if other == name or all(reward.get(k) == judge.get(k) for k in computed)
+        ]
+        _require(not same, f"judges.{name} is rewards.{same and same[0]}, which has a weight: a "
+                 "judge is never trained on; remove one of them")  # fmt: skip
 
 
 def _check_tables(values: dict[str, Any]) -> None:
@@ -211,9 +236,10 @@ def check_files(values: dict[str, Any]) -> None:
     """Raise ValueError for the first input that is missing, unreadable or empty."""
     files = {"sft": values["sft"], "init": values["init"]}
     files |= {f"prompts.{key}": path for key, path in values["prompts"].items()}
-    for name, reward in values["rewards"].items():
-        if reward.get("model"):
-            files[f"rewards.{name}.model"] = reward["model"]
+    for table in ("rewards", "judges"):
+        for name, served in values[table].items():
+            if served.get("model"):
+                files[f"{table}.{name}.model"] = served["model"]
     for key, path in files.items():
         _require(os.path.exists(path), f"{key}: no such file: {path}")
         _require(os.access(path, os.R_OK), f"{key}: {path} is not readable")

@@ -9,8 +9,10 @@ import torch
 from member_lab import Layout
 from omegaconf import OmegaConf
 from ranks import run_ranks
+from reward_servers import PICKY, running
 
 from nemo_warp import exit_codes
+from nemo_warp.evidence.responses import read_responses, responses_file
 from nemo_warp.records import hash_file, read_completion
 
 pytestmark = pytest.mark.nemo
@@ -23,7 +25,14 @@ def evaluate(config_path, *overrides):
 
 
 @pytest.fixture(scope="module")
-def front_config(materials, member_vader, tmp_path_factory):
+def picky(tmp_path_factory):
+    """A judge that fails for some responses."""
+    with running(tmp_path_factory.mktemp("picky"), PICKY, run_id="test") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def front_config(materials, member_vader, picky, tmp_path_factory):
     directory = tmp_path_factory.mktemp("front")
     config = {
         "directory": str(directory / "evaluation"),
@@ -35,7 +44,13 @@ def front_config(materials, member_vader, tmp_path_factory):
         "prompts": {"heldout": str(materials.heldout)},
         "rollout": {"max_response_tokens": 6, "micro_batch_size": 2},
         "rewards": [{"name": "vader", "weight": 1.0, "endpoint": str(member_vader.endpoint_file)}],
-        "evaluation": {"num_prompts": 8, "exact_kl": True, "num_samples_shown": 0},
+        "judges": [{"name": "picky", "endpoint": str(picky.endpoint_file)}],
+        "evaluation": {
+            "num_prompts": 8,
+            "generations": 2,
+            "exact_kl": True,
+            "num_samples_shown": 0,
+        },
         "trainer": {"devices": 1, "accelerator": "auto", "precision": "32"},
         "model": {"megatron_amp_O2": False},
     }
@@ -59,7 +74,46 @@ def test_front_is_measured(front):
     assert [point["eta"] for point in points] == [0.0, 0.5, 1.0, 1.5]
     assert points[0]["kl_to_sft"] == points[0]["kl_to_sft_exact"] == 0.0
     assert all(point["kl_to_sft_exact"] > 0 for point in points[1:])
-    assert read_completion(front).files["points.jsonl"] == hash_file(front / "points.jsonl")
+    files = read_completion(front).files
+    assert files["points.jsonl"] == hash_file(front / "points.jsonl")
+    assert len(files) == 5
+
+
+def test_responses_are_kept(front):
+    """What the points say is what the responses give, computed without any model."""
+    for point in points_of(front):
+        kept = read_responses(responses_file(front, "init", point["eta"]))
+        assert (len(kept.prompts), len(kept.texts[0])) == (8, 2)
+        reward, judged = kept.number("reward"), kept.number("judge:picky")
+        assert np.array_equal(reward, kept.number("score:vader"))
+        characters = kept.number("characters")
+        assert np.array_equal(np.isnan(judged), characters % 3 == 0)
+        assert np.array_equal(judged[~np.isnan(judged)], characters[~np.isnan(judged)])
+        for name, values in (("reward", reward), ("kl_to_sft", kept.number("log_ratio"))):
+            assert point[name] == pytest.approx(values.mean(), abs=1e-5), name
+            by_prompt = values.mean(1).std(ddof=1) / 8**0.5
+            assert point[f"{name}_stderr"] == pytest.approx(by_prompt, abs=1e-5), name
+        assert point["judges"]["picky"] == pytest.approx(np.nanmean(judged), rel=1e-5)
+        assert point["failed_judges"] == {"picky": int(np.isnan(judged).sum())}
+        assert point["length"] == pytest.approx(kept.number("tokens").mean())
+    assert any(p["failed_judges"]["picky"] for p in points_of(front))
+    gaps = [k.texts for k in (read_responses(f) for f in (front / "responses").iterdir())]
+    assert any(first != second for texts in gaps for first, second in texts)
+
+
+def test_one_generation_is_the_first_of_several(front, front_config, tmp_path):
+    overrides = [f"directory={tmp_path}", "evaluation.generations=1", "etas=[1.5]", "judges=[]"]
+    assert run_ranks(evaluate, 1, front_config, *overrides) == [exit_codes.DONE]
+    one, two = (read_responses(responses_file(d, "init", 1.5)) for d in (tmp_path, front))
+    assert one.texts == [texts[:1] for texts in two.texts]
+    assert np.array_equal(one.number("log_ratio"), two.number("log_ratio")[:, :1])
+
+
+def test_a_judge_that_is_a_reward_is_refused(front_config, member_vader, tmp_path, capfd):
+    judge = f"judges=[{{name: other, endpoint: {member_vader.endpoint_file}}}]"
+    found = run_ranks(evaluate, 1, front_config, f"directory={tmp_path}", judge)
+    assert found == [exit_codes.FAILED]
+    assert "judge 'other' computes what reward 'vader' does" in capfd.readouterr().err
 
 
 def test_interrupted_front_continues(front, front_config, tmp_path):
@@ -84,6 +138,12 @@ def test_front_at_another_layout(front, front_config, tmp_path):
     for found, wanted in zip(points_of(tmp_path / "evaluation"), expected, strict=True):
         for key in ("reward", "kl_to_sft", "kl_to_sft_exact", "length", "entropy"):
             assert found[key] == pytest.approx(wanted[key], rel=1e-4, abs=1e-6), key
+        assert found["judges"] == wanted["judges"]
+        here, there = (
+            read_responses(responses_file(d, "init", found["eta"]))
+            for d in (front, tmp_path / "evaluation")
+        )
+        assert here.texts == there.texts
 
 
 def test_eta_out_of_range(front_config, capfd):

@@ -15,6 +15,7 @@ from ranks import RankError, run_ranks
 from reward_servers import STRANGE, VADER, running
 
 from nemo_warp import exit_codes
+from nemo_warp.evidence.responses import read_responses, responses_file
 from nemo_warp.records import hash_file, read_completion
 
 pytestmark = pytest.mark.nemo
@@ -33,6 +34,7 @@ SINGLE = Layout()
 def write_config(materials, server, directory, layout=SINGLE, **changes) -> Path:
     config = lab.member_config(materials, directory / "member", layout, **changes)
     config.rewards = [{"name": "vader", "weight": 1.0, "endpoint": str(server.endpoint_file)}]
+    config.run.measure_anchor = True
     path = directory / f"config-{layout}.yaml"
     directory.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(config, path)
@@ -93,8 +95,24 @@ def test_member_is_complete(uninterrupted):
     assert [r["step"] for r in evaluations] == [0, 2, 4]
     assert evaluations[0]["kl_to_sft"] == evaluations[0]["kl_to_anchor"] == 0.0
     assert evaluations[-1]["kl_to_sft"] != 0.0
-    for key in ("reward", "length", "entropy", "ended_share", "samples"):
+    for key in ("reward", "length", "entropy", "ended_share", "samples", "alarms"):
         assert key in evaluations[-1]
+
+
+def test_responses_and_the_anchor_are_kept(uninterrupted):
+    """At step 0 the anchor is the policy; later it lies between the policy and SFT."""
+    member = uninterrupted / "member"
+    anchors = [r for r in metrics_of(uninterrupted) if r["kind"] == "anchor"]
+    assert [r["step"] for r in anchors] == [0, 2, 4]
+    for step in (0, 2, 4):
+        policy, anchor = (
+            read_responses(responses_file(member, n, step)) for n in ("step", "anchor")
+        )
+        assert (policy.texts == anchor.texts) or step
+        record = next(r for r in anchors if r["step"] == step)
+        assert record["kl_to_sft"] == pytest.approx(anchor.number("log_ratio").mean(), abs=1e-5)
+    policy = [r for r in metrics_of(uninterrupted) if r["kind"] == "eval"][-1]
+    assert 0 < abs(anchors[-1]["kl_to_sft"]) < abs(policy["kl_to_sft"])
 
 
 def restored_by_stock_nemo(path):
