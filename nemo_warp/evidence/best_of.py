@@ -8,7 +8,7 @@ import numpy as np
 from scipy.special import gammaln
 
 
-def best_of(scores: np.ndarray, n: int) -> np.ndarray:
+def best_of(scores: np.ndarray, n: int, values: np.ndarray | None = None) -> np.ndarray:
     """Expected best of ``n`` responses for each prompt, unbiased from N >= n of them: [P].
 
     The mean over all subsets of size n of their maximum: sum_i C(i-1, n-1) / C(N, n) * s_(i) over
@@ -16,12 +16,15 @@ def best_of(scores: np.ndarray, n: int) -> np.ndarray:
 
     Args:
         scores: [P, N], no NaN: a best of N cannot be known with a score missing.
+        values: [P, N] of another number of each response, whose expectation over the best is wanted
+            in place of the score; among equal scores the later response counts as better.
 
     Raises:
         ValueError: fewer than ``n`` responses, or a score that failed.
     """
     scores = _complete(scores, n)
-    ordered = np.sort(scores, axis=1)
+    order = np.argsort(scores, axis=1, kind="stable")
+    ordered = np.take_along_axis(scores if values is None else np.asarray(values), order, axis=1)
     rank = np.arange(1, scores.shape[1] + 1)
     return ordered @ np.exp(_log_choose(rank - 1, n - 1) - _log_choose(scores.shape[1], n))
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from nemo_warp.evidence.responses import Responses, read_responses
+from nemo_warp.evidence.responses import DIRECTORY, Responses, read_responses
 from nemo_warp.records import write_json_atomically, write_text_atomically
 from nemo_warp.reporting import fronts, side_by_side
-
-RESPONSES_DIRECTORY = "responses"
 
 
 def compare(
@@ -47,8 +46,17 @@ def compare(
     if output:
         output.mkdir(parents=True, exist_ok=True)
         write_text_atomically(output / "compare.md", text + "\n")
-        write_json_atomically(output / "compare.json", json.loads(json.dumps(values)))
+        write_json_atomically(output / "compare.json", _without_nan(values))
     return text
+
+
+def _without_nan(value: Any) -> Any:
+    """Plain values for JSON, which has no NaN: an interval of one observation has no ends."""
+    if isinstance(value, dict):
+        return {key: _without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _two_policies(
@@ -91,16 +99,15 @@ def _point(word: str) -> Path | None:
     except ValueError:
         return None
     run = Path(place)
-    folders = [
-        f for f in (run / RESPONSES_DIRECTORY, run / "front" / RESPONSES_DIRECTORY) if f.is_dir()
-    ]
+    folders = [f for f in (run / DIRECTORY, run / "front" / DIRECTORY) if f.is_dir()]
     if not folders:
         raise ValueError(
-            f"no responses below {run}; was it evaluated with evaluation.keep_responses?"
+            f"no responses below {run}: it has not been evaluated, or by a version that kept none"
         )
     found = {
         float(p.name.removesuffix(".jsonl.gz").rpartition("_")[2]): p
         for p in sorted(folders[0].glob("*_*.jsonl.gz"), reverse=True)
+        if not p.name.startswith("anchor_")
     }
     if wanted not in found:
         known = ", ".join(f"{eta:g}" for eta in sorted(found))

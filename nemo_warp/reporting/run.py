@@ -17,13 +17,15 @@ class Curve:
     """Measurements that belong together, in order.
 
     Attributes:
-        kind: ``trajectory`` (a member over its steps), ``front`` (an iteration's LITI points from
-            one base) or ``final`` (the run's front towards SFT).
+        kind: ``trajectory`` (a member over its steps), ``anchor`` (a member's EMA anchor over
+            them), ``front`` (an iteration's LITI points from one base) or ``final`` (the run's
+            front towards SFT).
         iteration: counted from 1; for ``final`` the last iteration of the run.
         name: for people, e.g. ``iteration 1, member 2``.
         position: what the measurements differ in: ``step`` or ``eta``.
         points: records with ``reward`` and ``kl_to_sft`` (nats) and, where measured,
             ``reward_stderr``, ``kl_to_sft_stderr``, ``length``, ``ended_share``, ``num_prompts``.
+        directory: of the stage that measured it, where its responses are.
     """
 
     kind: str
@@ -31,6 +33,7 @@ class Curve:
     name: str
     position: str
     points: list[dict[str, Any]]
+    directory: Path | None = None
 
     def column(self, key: str) -> list[float]:
         """One number per point, NaN where it was not measured."""
@@ -68,9 +71,13 @@ def _trajectories(iteration: int, directory: Path) -> list[Curve]:
     curves = []
     for member, path in _numbered(directory, "member"):
         if (path / "metrics.jsonl").exists():
-            points = read_metrics(path / "metrics.jsonl", "eval")
             name = f"iteration {iteration}, member {member}"
-            curves.append(Curve("trajectory", iteration, name, "step", points))
+            for kind, record, suffix in (
+                ("trajectory", "eval", ""),
+                ("anchor", "anchor", " anchor"),
+            ):
+                points = read_metrics(path / "metrics.jsonl", record)
+                curves.append(Curve(kind, iteration, name + suffix, "step", points, path))
     return curves
 
 
@@ -84,6 +91,7 @@ def _fronts(iteration: int, path: Path) -> list[Curve]:
             f"iteration {iteration}, LITI from {base}",
             "eta",
             [point for point in points if str(point.get("base", "init")) == base],
+            path.parent,
         )
         for base in bases
     ]
@@ -92,7 +100,8 @@ def _fronts(iteration: int, path: Path) -> list[Curve]:
 def _final(iteration: int, path: Path) -> list[Curve]:
     if not path.exists():
         return []
-    return [Curve("final", iteration, "final front, LITI from sft", "eta", read_points(path))]
+    name = "final front, LITI from sft"
+    return [Curve("final", iteration, name, "eta", read_points(path), path.parent)]
 
 
 def _numbered(directory: Path, prefix: str) -> list[tuple[int, Path]]:

@@ -22,6 +22,7 @@ from nemo_warp.records import RecordError
 REQUIRED = {
     "train": ("step",),
     "eval": ("step", "reward", "kl_to_sft"),
+    "anchor": ("step", "reward", "kl_to_sft"),
     "point": ("eta", "reward", "kl_to_sft"),
 }
 DIVERGENCES = ("kl_to_sft", "kl_to_anchor")
@@ -38,7 +39,7 @@ OPTIONAL = (
 
 
 def read_metrics(path: Path, kind: str) -> list[dict[str, Any]]:
-    """The records of one kind (``train`` or ``eval``) in a member's metrics, by step.
+    """The records of one kind (``train``, ``eval``, ``anchor``) in a member's metrics, by step.
 
     A resumed member measures some steps again; of each step the last record counts.
 

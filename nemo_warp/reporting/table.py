@@ -25,15 +25,23 @@ COLUMNS = (
 )
 
 
+def judge_columns(curves: Sequence[Curve]) -> list[str]:
+    """Judges that some point was measured with."""
+    found = (name for c in curves for point in c.points for name in point.get("judges") or {})
+    return list(dict.fromkeys(found))
+
+
 def csv_table(curves: Sequence[Curve]) -> str:
     """Every measurement, one a row, in full precision; what was not measured is empty."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    judges = judge_columns(curves)
+    writer.writerow([*COLUMNS, *(f"judge:{name}" for name in judges)])
     for curve in curves:
         for point in curve.points:
             place = f"{curve.position} {point[curve.position]:g}"
-            values = (point.get(key) for key in COLUMNS[2:])
+            values = [point.get(key) for key in COLUMNS[2:]]
+            values += [(point.get("judges") or {}).get(name) for name in judges]
             writer.writerow([curve.name, place, *("" if v is None else v for v in values)])
     return text.getvalue()
 

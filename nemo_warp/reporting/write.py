@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nemo_warp.records import write_text_atomically
-from nemo_warp.reporting.page import PAGE, write_page
+from nemo_warp.records import write_json_atomically, write_text_atomically
+from nemo_warp.reporting.page.measures import Measures, as_json, measure, responses_of
+from nemo_warp.reporting.page.write import PAGE, write_page
 from nemo_warp.reporting.picture import draw_run
-from nemo_warp.reporting.run import read_run
+from nemo_warp.reporting.run import Curve, read_run
 from nemo_warp.reporting.table import csv_table, markdown_table
 
 
@@ -20,8 +21,17 @@ def write_report(run: Path, output: Path) -> list[Path]:
     """
     curves = read_run(run)
     output.mkdir(parents=True, exist_ok=True)
-    files = [output / name for name in ("curves.png", "table.md", "table.csv")]
+    files = [output / name for name in ("curves.png", "table.md", "table.csv", "measures.json")]
     draw_run(curves, files[0])
     write_text_atomically(files[1], markdown_table(curves))
     write_text_atomically(files[2], csv_table(curves))
-    return [*files, output / PAGE] if write_page(run, curves, output / PAGE) else files
+    measured = {curve.name: _measures(curve) for curve in curves}
+    write_json_atomically(files[3], as_json(curves, measured))
+    written = write_page(run, curves, measured, output / PAGE)
+    return [*files, output / PAGE] if written else files
+
+
+def _measures(curve: Curve) -> list[Measures | None]:
+    """Of each point, None where no responses were kept."""
+    kept = (responses_of(curve, point) for point in curve.points)
+    return [None if responses is None else measure(responses) for responses in kept]

@@ -33,6 +33,11 @@ def made(sandbox: Sandbox) -> dict[str, int]:
 
 
 CHANGES = [
+    # members measure with judges, but are not made by them
+    (
+        ["judges={tone: {endpoint: tone.json}}"],
+        {"iteration_01/evaluation", "iteration_02/evaluation", "front"},
+    ),
     (["evaluation.etas=[0.0,0.5,1.0]"], {"iteration_01/evaluation", "iteration_02/evaluation"}),
     (["front.kappas=[0.0,0.5,1.0]"], {"front"}),
     (["iterations=3"], {"front", "final"}),

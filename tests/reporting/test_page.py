@@ -42,8 +42,10 @@ def run(tmp_path):
         _lines(
             folder / "metrics.jsonl",
             [
-                {"kind": "eval", "step": s, "reward": s / 10, "kl_to_sft": s / 2, "entropy": 2.0}
+                {"kind": kind, "step": s, "reward": s / 10, "kl_to_sft": s / 2, "entropy": 2.0}
+                | {"alarms": {"entropy": f"entropy fell at {s}"} if s and kind == "eval" else {}}
                 for s in (0, 5, 10)
+                for kind in ("eval", "anchor")
             ],
         )
         (folder / "completion.json").write_text(
@@ -67,7 +69,8 @@ def run(tmp_path):
             "reward_stderr": 0.01,
             "kl_to_sft": 9 * e * e,
             "length": 20 + e,
-            "judges": {"tone": 0.5 - e},
+            "judges": {"tone": min(e, 0.5)},
+            "failed_judges": {"tone": 2 if e == 1 else 0},
             "samples": [_sample(e)],
         }
         for e in (0.0, 0.5, 1.0)
@@ -78,11 +81,15 @@ def run(tmp_path):
             root / f"front/responses/sft_{e:g}.jsonl.gz",
             [
                 {
-                    "prompt": "p",
-                    "prompt_index": 0,
+                    "prompt": f"p{p}",
+                    "prompt_index": p,
                     "generation": g,
                     "response": "the heart of the king and of the land" if g else "a b a b c d e f",
+                    "reward": float(p % 4 < 3 * e if g else p % 3 < 2 * e),
+                    "judges": {"tone": min(e, 0.5) + (p % 5) / 50},
+                    "log_ratio": 9 * e * e,
                 }
+                for p in range(60)
                 for g in range(2)
             ],
         )
@@ -112,8 +119,18 @@ def test_page_in_a_browser(run, tmp_path, capsys):
         "0.1+gabc",
         "iteration_01/member_02: 42",
         "<td>member</td><td>2</td><td>4.00</td><td>2.00</td>",
+        "tone stops following the reward at KL 2.2. From there to KL 9.0 the reward rises by",
+        "tone failed 2 times.",
+        "<td>iteration 1, member 2</td><td>5</td><td>entropy fell at 5</td>",
     ):
         assert shown in text, shown
+    assert "entropy fell at 10" not in text, "an alarm is told once"
+    points = json.loads((tmp_path / "out/measures.json").read_text())["final front, LITI from sft"]
+    assert points[0]["best_of"][0] == {"n": 1, "reward": 0.0, "kl": 0.0, "passed": 0.0}
+    first, second = points[2]["best_of"]  # of 60 prompts 45 and 40 are right, 55 either way
+    assert (first["reward"], second["passed"]) == (pytest.approx(42.5 / 60), pytest.approx(55 / 60))
+    assert second["kl"] == pytest.approx(9 + 0.6931 - 0.5, abs=1e-3)
+    assert points[2]["distinct_1"] == pytest.approx(6 / (60 * 8))
     if CHROMIUM is None:
         pytest.skip("chromium is not installed (apt-get install chromium)")
     picture = tmp_path / "page.png"
@@ -139,6 +156,10 @@ def test_page_in_a_browser(run, tmp_path, capsys):
         "final front, LITI from sft",
         "decoder.layers.0",
         "length (tokens)",
+        "length (characters)",
+        "distinct bigrams (share)",
+        "best of N at 0.5",
+        "iteration 1, member 1 anchor",
     ):
         assert re.search(rf">{re.escape(drawn)}<", found.stdout), f"not drawn: {drawn}"
     subprocess.run(
@@ -156,6 +177,7 @@ def test_without_plotly_the_page_is_left_out(run, tmp_path, capsys, monkeypatch)
     assert "plotly is not installed" in capsys.readouterr().out
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "curves.png",
+        "measures.json",
         "table.csv",
         "table.md",
     ]

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from nemo_warp.reporting.page.measures import Measures
 from nemo_warp.reporting.run import Curve
 from nemo_warp.reporting.style import FINAL_COLOUR, iteration_colour
 
@@ -27,7 +28,10 @@ ALONG = {
 
 
 def fronts(curves: Sequence[Curve]) -> go.Figure:
-    """Reward against KL: trajectories dashed, fronts solid, the result black; hover for a point."""
+    """Reward against KL, hover for a point.
+
+    Trajectories are dashed, their anchors dotted, fronts solid, the result black.
+    """
     figure = _figure(520)
     for curve in curves:
         if _is_shown(curve):
@@ -95,12 +99,6 @@ def angles(by_iteration: Mapping[int, Mapping[str, float]]) -> go.Figure:
     return figure
 
 
-def judge_names(curves: Sequence[Curve]) -> list[str]:
-    """Judges that some point was measured with."""
-    found = (name for c in curves for point in c.points for name in point.get("judges") or {})
-    return list(dict.fromkeys(found))
-
-
 def judges(curves: Sequence[Curve], names: Sequence[str]) -> go.Figure:
     """Each judge against KL: where it stops rising, the reward is being hacked."""
     figure = _panels(list(names))
@@ -115,9 +113,43 @@ def judges(curves: Sequence[Curve], names: Sequence[str]) -> go.Figure:
     return figure
 
 
+def best_of(
+    curves: Sequence[Curve], measured: Mapping[str, Sequence[Measures | None]]
+) -> go.Figure:
+    """Best of N of every point of the last front: what sampling more gives without training.
+
+    Each line begins at a point's own reward and KL (N = 1); SFT's is best-of-N itself.
+    """
+    figure = _figure(460)
+    front = [c for c in curves if c.kind in ("front", "final")][-1:]
+    for curve in front:
+        figure.add_trace(_against_kl(curve, "reward"))
+        for point, found in zip(curve.points, measured[curve.name], strict=True):
+            if found is None or len(found.best_of) < 2:
+                continue
+            name = f"best of N at {point[curve.position]:g}"
+            figure.add_trace(
+                go.Scatter(
+                    x=[best.kl for best in found.best_of],
+                    y=[best.reward for best in found.best_of],
+                    mode="lines+markers",
+                    name=name,
+                    hovertext=[
+                        f"{name}<br>N {b.n}<br>reward {b.reward:.3f}<br>KL at most {b.kl:.2f}"
+                        for b in found.best_of
+                    ],
+                    hoverinfo="text",
+                    line={"width": 1, "dash": "dot"},
+                )
+            )
+    figure.update_xaxes(title="KL to SFT, at most (nats per response)")
+    figure.update_yaxes(title="reward of the best")
+    return figure
+
+
 def _is_shown(curve: Curve) -> bool:
     """Fronts of single iterations towards SFT are in the table only."""
-    return curve.kind in ("trajectory", "final") or curve.name.endswith("from init")
+    return curve.kind in ("trajectory", "anchor", "final") or curve.name.endswith("from init")
 
 
 def _measured(curve: Curve, name: str) -> bool:
@@ -126,14 +158,15 @@ def _measured(curve: Curve, name: str) -> bool:
 
 def _against_kl(curve: Curve, name: str, errors: bool = False) -> go.Scatter:
     trace = _trace(curve, curve.column("kl_to_sft"), curve.column(name), True)
-    if errors and curve.kind != "trajectory":
+    if errors and curve.position == "eta":
         trace.error_y = {"array": curve.column(f"{name}_stderr"), "thickness": 1, "width": 2}
     return trace
 
 
 def _trace(curve: Curve, x: list[float], y: list[float], legend: bool) -> go.Scatter:
     colour = FINAL_COLOUR if curve.kind == "final" else iteration_colour(curve.iteration)
-    dashed = curve.kind == "trajectory"
+    thin = curve.position == "step"
+    dash = {"trajectory": "dash", "anchor": "dot"}.get(curve.kind, "solid")
     hover = [
         f"{curve.name}<br>{curve.position} {point[curve.position]:g}"
         f"<br>reward {point['reward']:.3f}<br>KL {point['kl_to_sft']:.2f}"
@@ -148,8 +181,8 @@ def _trace(curve: Curve, x: list[float], y: list[float], legend: bool) -> go.Sca
         showlegend=legend,
         hovertext=hover,
         hoverinfo="text",
-        marker={"size": 4 if dashed else 7},
-        line={"color": colour, "dash": "dash" if dashed else "solid", "width": 1 if dashed else 2},
+        marker={"size": 4 if thin else 7},
+        line={"color": colour, "dash": dash, "width": 1 if thin else 2},
     )
 
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from nemo_warp.evidence.responses import DIRECTORY, read_responses, responses_file
-from nemo_warp.evidence.texts import distinct, similarity
 from nemo_warp.records import RecordError
+from nemo_warp.reporting.page.measures import Measures, partings
 from nemo_warp.reporting.run import Curve
 
 _MAX_TEXTS, _MAX_COLUMNS = 6, 5
@@ -48,33 +47,67 @@ def angles(run: Path) -> dict[int, dict[str, float]]:
     return {iteration: values for iteration, values in found.items() if values}
 
 
-def diversity(run: Path, curves: Sequence[Curve]) -> dict[str, dict[str, list[float]]]:
-    """Distinct bigrams and the similarity of two generations, where responses were kept."""
-    bigrams, likeness = {}, {}
+def judge_lines(curves: Sequence[Curve]) -> list[str]:
+    """For each front and judge: whether the judge follows the reward, and until where."""
+    lines = []
     for curve in curves:
-        stage = (
-            run / "front"
-            if curve.kind == "final"
-            else (run / f"iteration_{curve.iteration:02d}" / "evaluation")
-        )
-        if curve.kind == "trajectory" or not (stage / DIRECTORY).is_dir():
+        if curve.kind not in ("front", "final"):
             continue
-        kept = [_responses(stage, point) for point in curve.points]
-        bigrams[curve.name] = [
-            math.nan if r is None else distinct([row[0] for row in r.texts], 2) for r in kept
-        ]
-        likeness[curve.name] = [
-            math.nan
-            if r is None or len(r.texts[0]) < 2
-            else float(similarity(*zip(*(row[:2] for row in r.texts), strict=True)).mean())
-            for r in kept
-        ]
-    return {"distinct bigrams (share)": bigrams, "similarity of two generations (BLEU)": likeness}
+        for judge, found in partings(curve).items():
+            if found is None:
+                lines.append(f"{curve.name}: {judge} follows the reward to the end.")
+                continue
+            lines.append(
+                f"{curve.name}: {judge} stops following the reward at KL {found.kl:.1f}. From "
+                f"there to KL {found.last_kl:.1f} the reward rises by {found.reward}, {judge} by "
+                f"{found.judge} (95 % intervals, paired by prompt)."
+            )
+        lines += _failures(curve)
+    return lines
+
+
+def _failures(curve: Curve) -> list[str]:
+    """Judges that failed, counted; their failures are in no mean."""
+    failed: dict[str, int] = defaultdict(int)
+    for point in curve.points:
+        for judge, count in (point.get("failed_judges") or {}).items():
+            failed[judge] += count
+    return [f"{curve.name}: {judge} failed {n} times." for judge, n in failed.items() if n]
+
+
+def alarms(curves: Sequence[Curve]) -> list[list[str]]:
+    """Member, step and sentence of each alarm, told once where it goes on for several steps."""
+    rows, told = [], set()
+    for curve in curves:
+        for point in curve.points:
+            for name, text in (point.get("alarms") or {}).items():
+                if (curve.name, name) not in told:
+                    told.add((curve.name, name))
+                    rows.append([curve.name, str(point["step"]), text])
+    return rows
+
+
+def best_of_rows(
+    curves: Sequence[Curve], measured: Mapping[str, Sequence[Measures | None]]
+) -> tuple[list[str], list[list[str]]]:
+    """A row per point with several generations: best of N, its KL, pass@k."""
+    header = ["curve", "point", "N", "mean reward of the best", "KL to SFT, at most", "pass@N"]
+    rows = []
+    for curve in curves:
+        for point, found in zip(curve.points, measured[curve.name], strict=True):
+            if found is None or len(found.best_of) < 2:
+                continue
+            for best in found.best_of:
+                passed = "" if best.passed is None else f"{best.passed:.3f}"
+                place = f"{curve.position} {point[curve.position]:g}"
+                rows.append([curve.name, place, str(best.n), f"{best.reward:.3f}",
+                             f"{best.kl:.2f}", passed])  # fmt: skip
+    return header, rows
 
 
 def sample_texts(curves: Sequence[Curve]) -> tuple[list[str], list[list[str]]] | None:
     """The same prompts' responses along the last front, with their rewards; None without any."""
-    fronts = [c for c in curves if c.kind != "trajectory" and c.points[0].get("samples")]
+    fronts = [c for c in curves if c.position == "eta" and c.points[0].get("samples")]
     if not fronts:
         return None
     points = fronts[-1].points
@@ -137,11 +170,6 @@ def _depth(unit: tuple[str, dict[str, Any]]) -> tuple[float, str]:
     name, values = unit
     depth = values.get("depth")
     return (-1.0 if "embedding" in name else math.inf) if depth is None else depth, name
-
-
-def _responses(stage: Path, point: dict[str, Any]):
-    path = responses_file(stage, point.get("base", "init"), point["eta"])
-    return read_responses(path) if path.exists() else None
 
 
 def _sample(sample: dict[str, Any]) -> str:

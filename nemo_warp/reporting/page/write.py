@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import html
 import importlib.util
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from string import Template
 
 from nemo_warp.records import write_text_atomically
-from nemo_warp.reporting import facts
+from nemo_warp.reporting.page import facts
+from nemo_warp.reporting.page.measures import TITLES, Measures
 from nemo_warp.reporting.run import Curve
-from nemo_warp.reporting.table import COLUMNS
+from nemo_warp.reporting.table import COLUMNS, judge_columns
 
 PAGE = "index.html"
 
@@ -42,7 +44,12 @@ $sections
 )
 
 
-def write_page(run: Path, curves: Sequence[Curve], path: Path) -> bool:
+def write_page(
+    run: Path,
+    curves: Sequence[Curve],
+    measured: Mapping[str, Sequence[Measures | None]],
+    path: Path,
+) -> bool:
     """Write the page of ``run``; False, with a line that says so, where plotly is not installed.
 
     Raises:
@@ -53,7 +60,7 @@ def write_page(run: Path, curves: Sequence[Curve], path: Path) -> bool:
         return False
     from plotly.offline import get_plotlyjs
 
-    sections = list(_sections(run, curves))
+    sections = list(_sections(run, curves, measured))
     links = " ".join(f'<a href="#{_anchor(t)}">{html.escape(t)}</a>' for t, _ in sections)
     body = "\n".join(
         f'<h2 id="{_anchor(title)}">{html.escape(title)}</h2>\n{content}'
@@ -70,19 +77,29 @@ def write_page(run: Path, curves: Sequence[Curve], path: Path) -> bool:
     return True
 
 
-def _sections(run: Path, curves: Sequence[Curve]) -> Iterator[tuple[str, str]]:
+def _sections(
+    run: Path, curves: Sequence[Curve], measured: Mapping[str, Sequence[Measures | None]]
+) -> Iterator[tuple[str, str]]:
     """Titles and HTML, in the order of a reader's questions."""
-    from nemo_warp.reporting import page_figures  # needs plotly
+    from nemo_warp.reporting.page import figures  # needs plotly
 
-    yield "Reward against KL", _figure(page_figures.fronts(curves))
-    yield "Members while they train", _figure(page_figures.trajectories(curves))
+    yield "Reward against KL", _figure(figures.fronts(curves))
+    judges = judge_columns(curves)
+    if judges:
+        shown = _figure(figures.judges(curves, judges))
+        yield "Judges", shown + _lines(facts.judge_lines(curves))
+    yield "Length, entropy and diversity", _figure(figures.along(curves, _by_title(measured)))
+    header, rows = facts.best_of_rows(curves, measured)
+    if rows:
+        shown = _figure(figures.best_of(curves, measured))
+        yield "Best of N", shown + _folded("numbers", _table(header, rows))
+    yield "Members while they train", _figure(figures.trajectories(curves))
+    alarms = facts.alarms(curves)
+    if alarms:
+        yield "Alarms", _table(("member", "first at step", "alarm"), alarms)
     angles = facts.angles(run)
     if angles:
-        yield "Angles between task vectors", _figure(page_figures.angles(angles))
-    yield "Along the fronts", _figure(page_figures.along(curves, facts.diversity(run, curves)))
-    judges = page_figures.judge_names(curves)
-    if judges:
-        yield "Judges", _figure(page_figures.judges(curves, judges))
+        yield "Angles between task vectors", _figure(figures.angles(angles))
     texts = facts.sample_texts(curves)
     if texts:
         yield "Sample texts along the front", _table(*texts)
@@ -92,18 +109,33 @@ def _sections(run: Path, curves: Sequence[Curve]) -> Iterator[tuple[str, str]]:
     recipe = run / "recipe.yaml"
     if recipe.exists():
         text = html.escape(recipe.read_text(errors="replace"))
-        yield "Recipe", f"<details><summary>recipe.yaml</summary><pre>{text}</pre></details>"
+        yield "Recipe", _folded("recipe.yaml", f"<pre>{text}</pre>")
+
+
+def _by_title(
+    measured: Mapping[str, Sequence[Measures | None]],
+) -> dict[str, dict[str, list[float]]]:
+    """Measure's title -> curve's name -> one number per point, NaN where unknown."""
+    return {
+        title: {
+            curve: [math.nan if m is None else m.values[name] for m in points]
+            for curve, points in measured.items()
+        }
+        for name, title in TITLES.items()
+    }
 
 
 def _measurements(curves: Sequence[Curve]) -> tuple[Sequence[str], list[list[str]]]:
+    judges = judge_columns(curves)
     rows = []
     for curve in curves:
         shown = curve.points[-1:] if curve.kind == "trajectory" else curve.points
         for point in shown:
-            values = (point.get(name) for name in COLUMNS[2:])
+            values = [point.get(name) for name in COLUMNS[2:]]
+            values += [(point.get("judges") or {}).get(name) for name in judges]
             place = f"{curve.position} {point[curve.position]:g}"
             rows.append([curve.name, place, *("" if v is None else f"{v:.4g}" for v in values)])
-    return COLUMNS, rows
+    return (*COLUMNS, *judges), rows
 
 
 def _figure(figure: object) -> str:
@@ -120,5 +152,13 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<table><tr>{cells}</tr>\n{body}</table>"
 
 
+def _lines(lines: Sequence[str]) -> str:
+    return "".join(f"<p>{html.escape(line)}</p>\n" for line in lines)
+
+
+def _folded(title: str, content: str) -> str:
+    return f"<details><summary>{html.escape(title)}</summary>{content}</details>"
+
+
 def _anchor(title: str) -> str:
-    return title.lower().replace(" ", "-")
+    return title.lower().replace(",", "").replace(" ", "-")
