@@ -149,6 +149,7 @@ RECIPE = {
     "member": {
         "evaluation": {"num_prompts": 1, "micro_batch_size": 1},
         "trainer": {"devices": 1},
+        "model": {"tensor_model_parallel_size": 1},
         "rollout": {"micro_batch_size": 1},
     },
     "evaluation": {"settings": {"evaluation": {"num_prompts": 1}}},

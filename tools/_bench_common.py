@@ -82,6 +82,8 @@ def member_config(checkpoint: Path, world_size: int, size: Size) -> Any:
         "optim": {"name": "adamw", "lr": 1e-6, "warmup_steps": 1},
         "trainer": {"devices": world_size, "accelerator": "auto", "precision": "32"},
         "model": {
+            "tensor_model_parallel_size": 1,
+            "sequence_parallel": False,
             "megatron_amp_O2": False,
             # no early end: every response has the same length on both sides
             "extra": {"reinforce": {"length_params": {"min_length": size.response}}},

@@ -24,6 +24,9 @@ class Cluster:
     partition: str = key(REQUIRED, "sbatch --partition", nonempty=True)
     driver_partition: str = key("${partition}", "of the small driver job", nonempty=True)
     gpus_per_node: int = key(8, "GPUs of a node", low=0)
+    gpu_memory: float | None = key(
+        None, "of one of them, that `plan` compares a member's estimate with", unit="GB", above=0
+    )
     cpus_per_node: int | None = key(None, "null: not asked for", low=1)
     memory: str | int | None = key(None, "per node, e.g. 0 for all of it; null: not asked for")
     exclusive: bool = key(True, "whole nodes")

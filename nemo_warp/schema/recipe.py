@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from nemo_warp.core.transformer import KNOWN
 from nemo_warp.schema.cluster import Cluster
 from nemo_warp.schema.evaluation import Front
 from nemo_warp.schema.key import REQUIRED, key, section
@@ -159,6 +160,9 @@ class Estimate:
     )
     evaluation_seconds_per_point: float | None = key(None, "of an evaluation", unit="s", above=0)
     parameters: float | None = key(None, "of the policy", above=0)
+    model: str | None = key(
+        None, "the policy's sizes, for the memory of a member's rank", choices=tuple(KNOWN)
+    )
 
 
 @dataclass

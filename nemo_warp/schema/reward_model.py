@@ -20,6 +20,7 @@ class Pairs:
 class RewardModelOptim(Optim):
     """``optim`` with a reward model's defaults."""
 
+    name: str = key("distributed_fused_adam", "NeMo's name; adamw on CPU", nonempty=True)
     lr: float = key(9e-6, "learning rate after the warm-up", above=0)
     betas: list[float] = key([0.9, 0.98], "Adam's decay rates", low=0, high=1)
     weight_decay: float = key(0.1, "decoupled weight decay", low=0)
@@ -28,8 +29,10 @@ class RewardModelOptim(Optim):
 
 @dataclass
 class HeadedModel(Model):
-    """``model`` with the reward head."""
+    """``model`` with the reward head, and without a reference, an anchor and a KV cache beside it."""
 
+    tensor_model_parallel_size: int = key(1, "TP", low=1)
+    sequence_parallel: bool = key(False, "share activations of norms over TP")
     force_head_dtype: str = key("float32", "of the reward head", nonempty=True)
 
 

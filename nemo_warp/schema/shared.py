@@ -156,7 +156,7 @@ class Trainer:
 class Optim:
     """``optim``: NeMo's names."""
 
-    name: str = key("distributed_fused_adam", "NeMo's name; adam on CPU", nonempty=True)
+    name: str = key("mcore_distributed_optim", "NeMo's name; adam on CPU", nonempty=True)
     lr: float = key(1e-6, "learning rate after the warm-up", above=0, high=1, paper="section 4")
     betas: list[float] = key([0.9, 0.95], "Adam's decay rates", low=0, high=1)
     weight_decay: float = key(0.0, "decoupled weight decay", low=0)
@@ -168,9 +168,9 @@ class Optim:
 class Model:
     """``model``: overrides of the checkpoint's own NeMo configuration."""
 
-    tensor_model_parallel_size: int = key(1, "TP", low=1)
+    tensor_model_parallel_size: int = key(4, "TP", low=1)
     pipeline_model_parallel_size: int = key(1, "PP", low=1)
-    sequence_parallel: bool = key(False, "share activations of norms over TP")
+    sequence_parallel: bool = key(True, "share activations of norms over TP")
     megatron_amp_O2: bool = key(True, "bf16 weights with fp32 masters")  # noqa: N815
     micro_batch_size: int = key(1, "sequences per training micro batch", low=1)
     extra: dict[str, Any] = key({}, "any further key of NeMo's model configuration")

@@ -69,6 +69,7 @@ def member_config(materials: Materials, directory: Path, layout: Layout = SINGLE
         "model": {
             "tensor_model_parallel_size": layout.tensor,
             "pipeline_model_parallel_size": layout.pipeline,
+            "sequence_parallel": False,
             "megatron_amp_O2": False,
             "micro_batch_size": 1,
         },

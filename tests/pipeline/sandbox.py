@@ -43,6 +43,7 @@ class Sandbox:
             "member": {
                 "run": {"total_steps": 4, "save_interval": 2},
                 "trainer": {"devices": 1, "accelerator": "cpu"},
+                "model": {"tensor_model_parallel_size": 1},
             },
             "evaluation": {"etas": [0.0, 1.0], "settings": {"towards_sft": False}},
             "front": {"kappas": [0.0, 1.0]},

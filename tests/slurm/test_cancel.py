@@ -41,6 +41,7 @@ def _member(total_steps: int, **trainer: int) -> dict:
     return {
         "run": {"total_steps": total_steps, "save_interval": 2},
         "trainer": {"devices": 1, "accelerator": "cpu", **trainer},
+        "model": {"tensor_model_parallel_size": 1},
     }
 
 

@@ -52,6 +52,7 @@ def time_limit(make) -> None:
         member={
             "run": {"total_steps": 270, "save_interval": 270},
             "trainer": {"devices": 1, "accelerator": "cpu"},
+            "model": {"tensor_model_parallel_size": 1},
         },
         resources={"member": {"time": "00:02:00"}, "driver": {"memory": None}},
         cluster_changes={"signal_margin_s": 55, "environment": SLOW},
@@ -225,6 +226,7 @@ def _member(total_steps: int) -> dict:
     return {
         "run": {"total_steps": total_steps, "save_interval": 2},
         "trainer": {"devices": 1, "accelerator": "cpu"},
+        "model": {"tensor_model_parallel_size": 1},
     }
 
 

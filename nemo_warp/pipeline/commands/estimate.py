@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from nemo_warp.core.footprint import Footprint, member_footprint
+from nemo_warp.core.transformer import KNOWN
 from nemo_warp.pipeline.launch import slurm_jobs
 from nemo_warp.pipeline.recipe.load import Recipe
 from nemo_warp.pipeline.recipe.plan import EVALUATION, FRONT, MEMBER
@@ -124,6 +126,29 @@ def disk_bytes(recipe: Recipe) -> dict[str, int] | None:
         "policies": int(parameters * _POLICY_BYTES[dtype] * runs),
         "merged": int(parameters * merged * (2 * values["iterations"] + 1)),
     }
+
+
+def memory(recipe: Recipe) -> Footprint | None:
+    """Of the member whose rank holds most, or None without ``estimate.model``."""
+    model = recipe.values["estimate"]["model"]
+    if model is None:
+        return None
+    iterations = range(1, recipe.values["iterations"] + 1)
+    members = range(1, recipe.values["members"] + 1)
+    found = [
+        member_footprint(KNOWN[model], recipe.member_config(iteration, member))
+        for iteration in iterations
+        for member in members
+    ]
+    return max(found, key=lambda footprint: footprint.peak)
+
+
+def device_bytes(recipe: Recipe) -> float | None:
+    """Memory of a GPU, as the cluster file says; None where it does not, or without a cluster."""
+    if recipe.values["launcher"]["kind"] != "slurm":
+        return None
+    gigabytes = recipe.cluster["gpu_memory"]
+    return None if gigabytes is None else gigabytes * 1e9
 
 
 def _hours(seconds_each: float | None, number: float) -> float | None:

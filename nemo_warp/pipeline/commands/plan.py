@@ -17,8 +17,10 @@ from nemo_warp.pipeline.commands.checks import check_before_start
 from nemo_warp.pipeline.commands.common import add_recipe, in_words, load
 from nemo_warp.pipeline.commands.estimate import (
     costs,
+    device_bytes,
     disk_bytes,
     measured_seconds,
+    memory,
     rounded,
     size,
     wall_hours,
@@ -83,6 +85,8 @@ def describe(recipe: Recipe) -> Iterator[str]:
     yield ""
     yield from _costs(recipe)
     yield ""
+    yield from _memory(recipe)
+    yield ""
     yield from _stages(recipe)
     yield ""
     yield from _commands(recipe)
@@ -117,6 +121,7 @@ def as_json(recipe: Recipe) -> dict[str, Any]:
         "cost": {name: asdict(cost) for name, cost in costs(recipe).items()},
         "wall_hours": wall_hours(recipe),
         "disk_bytes": disk_bytes(recipe),
+        "memory_bytes": None if (found := memory(recipe)) is None else asdict(found),
         "stages": stages,
     }
 
@@ -274,6 +279,15 @@ def _costs(recipe: Recipe) -> Iterator[str]:
         return
     parts = ", ".join(f"{name} {size(number)}" for name, number in disk.items())
     yield f"  disk {size(sum(disk.values()))} below {recipe.paths.root}: {parts}"
+
+
+def _memory(recipe: Recipe) -> Iterator[str]:
+    found = memory(recipe)
+    if found is None:
+        yield "memory of a member's rank: give estimate.model"
+        return
+    yield "memory of a member's rank (an estimate, for the longest sequences that are allowed)"
+    yield from (f"  {line}" for line in found.lines(device_bytes(recipe)))
 
 
 def _hours(node_hours: float | None, gpu_hours: float | None) -> str:

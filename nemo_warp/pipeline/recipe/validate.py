@@ -194,7 +194,8 @@ def check_member(member: dict[str, Any], values: dict[str, Any]) -> None:
     ranks = trainer["num_nodes"] * trainer["devices"]
     shards = model["tensor_model_parallel_size"] * model["pipeline_model_parallel_size"]
     _require(ranks % shards == 0, f"member.trainer has {trainer['num_nodes']} x "
-             f"{trainer['devices']} ranks, which TP x PP = {shards} does not divide")  # fmt: skip
+             f"{trainer['devices']} ranks, which TP x PP = {shards} does not divide; set "
+             "member.model.tensor_model_parallel_size")  # fmt: skip
     check_signal(member["rollout"], member["algorithm"], "member.")
     _check_one_machine(trainer, values["launcher"])
 

@@ -52,7 +52,11 @@ def front_config(materials, member_vader, picky, tmp_path_factory):
             "num_samples_shown": 0,
         },
         "trainer": {"devices": 1, "accelerator": "auto", "precision": "32"},
-        "model": {"megatron_amp_O2": False},
+        "model": {
+            "tensor_model_parallel_size": 1,
+            "sequence_parallel": False,
+            "megatron_amp_O2": False,
+        },
     }
     path = directory / "config.yaml"
     OmegaConf.save(OmegaConf.create(config), path)

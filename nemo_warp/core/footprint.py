@@ -1,0 +1,275 @@
+"""What one rank of a member holds in device memory: arithmetic over sizes and settings.
+
+Standard library only: ``nemo-warp plan`` computes it on a login node, a member tells it at its start
+and `gpu-check` holds it against what the device counted. All numbers are bytes. What is counted:
+
+- held all the time: weights, gradients, the optimizer's masters and moments, anchor, SFT copy;
+- in turn: generating (KV cache, logits of the prompts, or TensorRT-LLM's engine), scoring (the
+  reference's weights, gathered; logits), training (activations, logits).
+
+The longest sequences are assumed that the settings allow. Not counted, and allowed for with
+`ALLOWANCE`: the CUDA context, NCCL's buffers, what the allocator cannot use again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_warp.core.transformer import Sizes
+
+ALLOWANCE = 4_000_000_000
+"""A guess: no GPU was at hand to measure it on."""
+
+LOGIT_BYTES = 4
+"""Of each logit of a response position: bf16, and as much again for its gradient or its float."""
+CHUNK_POSITIONS = 1024
+"""Positions whose logits are in fp32 at a time, while log-probabilities are computed in chunks."""
+_CHUNK_BYTES = 12  # fp32 logits, their softmax and its gradient
+
+_HALF, _FLOAT = 2, 4
+
+OPTIMIZERS = {
+    "distributed_fused_adam": (4, 10),  # 16 bits per weight that bf16 lacks, two moments
+    "mcore_distributed_optim": (4, 12),  # masters, two moments
+}
+"""Bytes per parameter under bf16 with O2: gradients (whole), optimizer (split over DP)."""
+_WHOLE_O2 = (4, 12)
+"""Of an optimizer that is not sharded (adam): nothing is split over DP."""
+_MOMENTS = 8
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes on one rank.
+
+    Attributes:
+        held: name -> bytes that are there all the time.
+        phases: name of a part of the step -> name -> bytes that are there in that part only.
+    """
+
+    held: dict[str, int]
+    phases: dict[str, dict[str, int]]
+
+    @property
+    def always(self) -> int:
+        """What is held all the time."""
+        return sum(self.held.values())
+
+    @property
+    def peak(self) -> int:
+        """The most at a time, with the allowance."""
+        return self.always + max(sum(p.values()) for p in self.phases.values()) + ALLOWANCE
+
+    def lines(self, device: float | None = None) -> list[str]:
+        """For people, in GB (1e9 bytes); with ``device`` bytes, also whether it fits."""
+        found = [_line("held", self.held)]
+        found += [_line(name, parts) for name, parts in self.phases.items()]
+        most = f"{'at most':<11}{_gb(self.peak)} GB, {_gb(ALLOWANCE)} of it for CUDA and NCCL"
+        if device is None:
+            return [*found, most]
+        return [*found, f"{most}; the device has {_gb(device)}: {self._verdict(device)}"]
+
+    def _verdict(self, device: float) -> str:
+        if self.peak <= device:
+            return "fits"
+        if self.always + ALLOWANCE > device:
+            return f"DOES NOT FIT: {_REMEDIES['held']}"
+        phase = max(self.phases, key=lambda name: sum(self.phases[name].values()))
+        return f"DOES NOT FIT ({phase}): {_REMEDIES[phase]}"
+
+
+_REMEDIES = {
+    "held": "raise model.tensor_model_parallel_size, model.pipeline_model_parallel_size or "
+    "trainer.num_nodes",
+    "generating": "raise model.tensor_model_parallel_size, or lower rollout.micro_batch_size or "
+    "prompts.max_tokens",
+    "scoring": "raise model.tensor_model_parallel_size, or lower rollout.forward_micro_batch_size",
+    "training": "raise model.tensor_model_parallel_size, set model.sequence_parallel, or "
+    "model.extra.activations_checkpoint_granularity=full with activations_checkpoint_method=uniform",
+}  # fmt: skip
+
+
+def member_footprint(sizes: Sizes, member: Mapping[str, Any]) -> Footprint:
+    """Of the rank that holds most, at the first or the last pipeline stage.
+
+    Args:
+        member: every key of conf/member.yaml, plain.
+    """
+    stages = {0, member["model"]["pipeline_model_parallel_size"] - 1}
+    found = [_Rank(sizes, member, stage).footprint() for stage in sorted(stages)]
+    return max(found, key=lambda footprint: footprint.peak)
+
+
+def logit_bytes(sequences: int, positions: int, columns: int) -> int:
+    """Logits of response positions, and the chunk of them that is in fp32 at a time.
+
+    Args:
+        sequences, positions: of a micro batch; response positions only.
+        columns: this rank's part of the vocabulary.
+    """
+    tokens = sequences * positions
+    chunk = min(CHUNK_POSITIONS, tokens)
+    return columns * (tokens * LOGIT_BYTES + chunk * _CHUNK_BYTES)
+
+
+class _Rank:
+    """One rank of a member."""
+
+    def __init__(self, sizes: Sizes, member: Mapping[str, Any], stage: int) -> None:
+        model, trainer = member["model"], member["trainer"]
+        self.sizes, self.member, self.stage = sizes, member, stage
+        self.tensor = model["tensor_model_parallel_size"]
+        self.pipeline = model["pipeline_model_parallel_size"]
+        self.data = trainer["num_nodes"] * trainer["devices"] // (self.tensor * self.pipeline)
+        self.half = model["megatron_amp_O2"] and str(trainer["precision"])[:2] in ("bf", "16")
+        self.parameters = sizes.stage_parameters(self.tensor, self.pipeline, stage)
+        self.dtype = _HALF if self.half else _FLOAT
+        self.layers = sizes.layers // self.pipeline
+        self.columns = sizes.padded_vocabulary(self.tensor) // self.tensor
+        self.response = member["rollout"]["max_response_tokens"]
+        self.prompt = self._longest_prompt()
+
+    def footprint(self) -> Footprint:
+        return Footprint(
+            held=self._held(),
+            phases={
+                "generating": self._generating(),
+                "scoring": self._scoring(),
+                "training": self._training(),
+            },
+        )
+
+    @property
+    def _is_last(self) -> bool:
+        return self.stage == self.pipeline - 1
+
+    def _longest_prompt(self) -> int:
+        engine, limit = self.member["rollout"]["trt_llm"], self.member["prompts"]["max_tokens"]
+        room = max(1, self.sizes.context - self.response)
+        taken = (engine["max_input_len"] or room) if engine["enable"] else room
+        return min(taken, limit or taken)
+
+    def _held(self) -> dict[str, int]:
+        gradients, optimizer = self._optimizer()
+        algorithm, slice_bytes = self.member["algorithm"], self._slice(_FLOAT)
+        held = {
+            "weights": self.parameters * self.dtype,
+            "gradients": gradients,
+            "optimizer": optimizer,
+        }
+        if not algorithm["offload_anchor"]:
+            held |= {"anchor": slice_bytes} if algorithm["anchor"] == "ema" else {}
+            held |= {"SFT": slice_bytes}
+        engine = self.member["rollout"]["trt_llm"]
+        if engine["enable"] and not engine["unload_engine_train"]:
+            held["engine"] = self._engine_weights()
+        return held
+
+    def _optimizer(self) -> tuple[int, int]:
+        """Bytes of gradients and of the optimizer's state."""
+        name = self.member["optim"]["name"]
+        split = name in OPTIMIZERS
+        gradients, states = OPTIMIZERS.get(name, _WHOLE_O2)
+        if not self.half:  # weights are their own masters
+            gradients, states = _FLOAT, _MOMENTS
+        held = self._slice(states) if split else self.parameters * states
+        return self.parameters * gradients, held
+
+    def _slice(self, bytes_each: int) -> int:
+        """Of what is split over the data-parallel group."""
+        return -(-self.parameters // self.data) * bytes_each
+
+    def _engine_weights(self) -> int:
+        stages = self.pipeline if self.member["rollout"]["trt_llm"]["reshard"] else 1
+        return self.parameters * _HALF * stages
+
+    def _generating(self) -> dict[str, int]:
+        rollout, evaluation = self.member["rollout"], self.member["evaluation"]
+        engine = rollout["trt_llm"]
+        rows = max(rollout["micro_batch_size"], evaluation["micro_batch_size"])
+        if engine["enable"]:
+            parts = {"engine": self._engine_weights()} if engine["unload_engine_train"] else {}
+            return parts | {"KV cache": self._key_values(engine["batch_size"] or rows)}
+        parts = {
+            "KV cache": self._key_values(rows),
+            "activations": rows * self.prompt * self._working(),
+        }
+        if self._is_last:  # NeMo's first pass gives logits of every position, also in fp32
+            each = self.dtype + (_FLOAT if self.half else 0)
+            parts["logits of the prompts"] = rows * self.prompt * self.columns * each
+        return parts
+
+    def _key_values(self, rows: int) -> int:
+        length = self.prompt + self.response
+        engine = self.member["rollout"]["trt_llm"]
+        stages = self.pipeline if engine["enable"] and engine["reshard"] else 1
+        width = self.sizes.keys_values // self.tensor
+        return rows * length * width * self.dtype * self.layers * stages
+
+    def _scoring(self) -> dict[str, int]:
+        rows = self.member["rollout"]["forward_micro_batch_size"]
+        parts = {
+            "reference": self.parameters * self.dtype + (self._slice(_HALF) if self.half else 0),
+            "activations": rows * (self.prompt + self.response) * self._working(),
+        }
+        if self.member["algorithm"]["anchor"] == "none":
+            parts.pop("reference")  # but for evaluations, see SFT
+        return parts | self._logits(rows * (2 if self.member["evaluation"]["exact_kl"] else 1))
+
+    def _training(self) -> dict[str, int]:
+        rows = self.member["model"]["micro_batch_size"]
+        tokens = rows * (self.prompt + self.response)
+        # The first stage has a micro batch under way for each stage behind it (1F1B).
+        under_way = self.pipeline - self.stage
+        each = self._saved()
+        activations = tokens * each * self.layers * under_way
+        if self._recomputes:
+            activations += tokens * self._saved(recomputes=False)
+        return {"activations": activations} | self._logits(rows)
+
+    def _logits(self, rows: int) -> dict[str, int]:
+        if not self._is_last:
+            return {}
+        return {"logits": logit_bytes(rows, self.response, self.columns)}
+
+    @property
+    def _recomputes(self) -> bool:
+        return self.member["model"]["extra"].get("activations_checkpoint_granularity") == "full"
+
+    def _working(self) -> int:
+        """Bytes per token of the layer that runs, where nothing is kept for a backward pass."""
+        sizes, tensor = self.sizes, self.tensor
+        wide = (sizes.up + sizes.ffn) // tensor
+        scores = 0 if sizes.fused_attention else sizes.heads // tensor * sizes.context
+        return self.dtype * (3 * sizes.hidden + max(wide, scores))
+
+    def _saved(self, recomputes: bool | None = None) -> int:
+        """Bytes per token and layer that are kept for the backward pass.
+
+        After Korthikanti et al. (arXiv 2205.05198, section 4), without dropout: inputs of the two
+        norms and of the matrices behind them (split over TP with sequence parallelism); queries,
+        keys, values and their sums; what goes into and comes out of the activation function.
+        """
+        sizes, tensor = self.sizes, self.tensor
+        shared = tensor if self.member["model"]["sequence_parallel"] else 1
+        if self._recomputes if recomputes is None else recomputes:
+            return self.dtype * sizes.hidden // shared
+        split = 2 * sizes.attention + sizes.keys_values + sizes.up + sizes.ffn
+        scores = 0
+        if not sizes.fused_attention:  # fp32 softmax, and probabilities in the weights' dtype
+            length = self.prompt + self.response
+            scores = sizes.heads // tensor * length * (_FLOAT + self.dtype)
+        return self.dtype * (4 * sizes.hidden // shared + split // tensor) + scores
+
+
+def _line(name: str, parts: Mapping[str, int]) -> str:
+    listed = ", ".join(f"{part} {_gb(number)}" for part, number in parts.items())
+    return f"{name:<11}{listed} = {_gb(sum(parts.values()))} GB"
+
+
+def _gb(number: float) -> str:
+    """GB: one digit behind the point, more where there would be nothing else."""
+    gigabytes = number / 1e9
+    return f"{gigabytes:.1f}" if gigabytes >= 0.1 or not number else f"{gigabytes:.2g}"
