@@ -39,7 +39,9 @@ def main() -> None:
     for model, nodes, tensor, pipeline, engine, other in ROWS:
         found = footprint(model, nodes, tensor, pipeline, engine, bool(other))
         data = nodes * 8 // (tensor * pipeline)
-        name = ", ".join([model, *(["TensorRT-LLM"] if engine else []), *([other] if other else [])])
+        name = ", ".join(
+            [model, *(["TensorRT-LLM"] if engine else []), *([other] if other else [])]
+        )
         each = [sum(found.phases[phase].values()) for phase in phases]
         numbers = [f"{number / 1e9:.1f}" for number in (found.always, *each, found.peak)]
         print(_row([name, str(nodes), f"{tensor} x {pipeline} x {data}", *numbers]))

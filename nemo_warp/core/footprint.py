@@ -1,7 +1,7 @@
 """What one rank of a member holds in device memory: arithmetic over sizes and settings.
 
-Standard library only: ``nemo-warp plan`` computes it on a login node, a member tells it at its start
-and `gpu-check` holds it against what the device counted. All numbers are bytes. What is counted:
+Standard library only: ``nemo-warp plan`` computes it on a login node, a member tells it at its
+start, and ``gpu-check`` holds it against what the device counted. All numbers are bytes:
 
 - held all the time: weights, gradients, the optimizer's masters and moments, anchor, SFT copy;
 - in turn: generating (KV cache, logits of the prompts, or TensorRT-LLM's engine), scoring (the
@@ -27,6 +27,9 @@ LOGIT_BYTES = 4
 CHUNK_POSITIONS = 1024
 """Positions whose logits are in fp32 at a time, while log-probabilities are computed in chunks."""
 _CHUNK_BYTES = 12  # fp32 logits, their softmax and its gradient
+
+NO_ROOM = "DOES NOT FIT"
+"""In a line of `Footprint.lines`, and nowhere else."""
 
 _HALF, _FLOAT = 2, 4
 
@@ -75,9 +78,9 @@ class Footprint:
         if self.peak <= device:
             return "fits"
         if self.always + ALLOWANCE > device:
-            return f"DOES NOT FIT: {_REMEDIES['held']}"
+            return f"{NO_ROOM}: {_REMEDIES['held']}"
         phase = max(self.phases, key=lambda name: sum(self.phases[name].values()))
-        return f"DOES NOT FIT ({phase}): {_REMEDIES[phase]}"
+        return f"{NO_ROOM} ({phase}): {_REMEDIES[phase]}"
 
 
 _REMEDIES = {
@@ -85,7 +88,8 @@ _REMEDIES = {
     "trainer.num_nodes",
     "generating": "raise model.tensor_model_parallel_size, or lower rollout.micro_batch_size or "
     "prompts.max_tokens",
-    "scoring": "raise model.tensor_model_parallel_size, or lower rollout.forward_micro_batch_size",
+    "scoring": "raise model.tensor_model_parallel_size, or lower "
+    "rollout.forward_micro_batch_size",
     "training": "raise model.tensor_model_parallel_size, set model.sequence_parallel, or "
     "model.extra.activations_checkpoint_granularity=full with activations_checkpoint_method=uniform",
 }  # fmt: skip
@@ -98,8 +102,19 @@ def member_footprint(sizes: Sizes, member: Mapping[str, Any]) -> Footprint:
         member: every key of conf/member.yaml, plain.
     """
     stages = {0, member["model"]["pipeline_model_parallel_size"] - 1}
-    found = [_Rank(sizes, member, stage).footprint() for stage in sorted(stages)]
+    found = [stage_footprint(sizes, member, stage) for stage in sorted(stages)]
     return max(found, key=lambda footprint: footprint.peak)
+
+
+def stage_footprint(sizes: Sizes, member: Mapping[str, Any], stage: int) -> Footprint:
+    """Of a rank of one pipeline stage."""
+    rank = _Rank(sizes, member, stage)
+    phases = {
+        "generating": rank.generating(),
+        "scoring": rank.scoring(),
+        "training": rank.training(),
+    }
+    return Footprint(rank.held(), phases)
 
 
 def logit_bytes(sequences: int, positions: int, columns: int) -> int:
@@ -131,16 +146,6 @@ class _Rank:
         self.response = member["rollout"]["max_response_tokens"]
         self.prompt = self._longest_prompt()
 
-    def footprint(self) -> Footprint:
-        return Footprint(
-            held=self._held(),
-            phases={
-                "generating": self._generating(),
-                "scoring": self._scoring(),
-                "training": self._training(),
-            },
-        )
-
     @property
     def _is_last(self) -> bool:
         return self.stage == self.pipeline - 1
@@ -151,7 +156,7 @@ class _Rank:
         taken = (engine["max_input_len"] or room) if engine["enable"] else room
         return min(taken, limit or taken)
 
-    def _held(self) -> dict[str, int]:
+    def held(self) -> dict[str, int]:
         gradients, optimizer = self._optimizer()
         algorithm, slice_bytes = self.member["algorithm"], self._slice(_FLOAT)
         held = {
@@ -185,7 +190,7 @@ class _Rank:
         stages = self.pipeline if self.member["rollout"]["trt_llm"]["reshard"] else 1
         return self.parameters * _HALF * stages
 
-    def _generating(self) -> dict[str, int]:
+    def generating(self) -> dict[str, int]:
         rollout, evaluation = self.member["rollout"], self.member["evaluation"]
         engine = rollout["trt_llm"]
         rows = max(rollout["micro_batch_size"], evaluation["micro_batch_size"])
@@ -208,7 +213,7 @@ class _Rank:
         width = self.sizes.keys_values // self.tensor
         return rows * length * width * self.dtype * self.layers * stages
 
-    def _scoring(self) -> dict[str, int]:
+    def scoring(self) -> dict[str, int]:
         rows = self.member["rollout"]["forward_micro_batch_size"]
         parts = {
             "reference": self.parameters * self.dtype + (self._slice(_HALF) if self.half else 0),
@@ -218,7 +223,7 @@ class _Rank:
             parts.pop("reference")  # but for evaluations, see SFT
         return parts | self._logits(rows * (2 if self.member["evaluation"]["exact_kl"] else 1))
 
-    def _training(self) -> dict[str, int]:
+    def training(self) -> dict[str, int]:
         rows = self.member["model"]["micro_batch_size"]
         tokens = rows * (self.prompt + self.response)
         # The first stage has a micro batch under way for each stage behind it (1F1B).

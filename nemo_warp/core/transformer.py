@@ -1,4 +1,4 @@
-"""Sizes of a dense GPT, and what follows from them: parameters of a rank, floating-point operations.
+"""Sizes of a dense GPT, and what follows from them: parameters of a rank, operations of a pass.
 
 Standard library only, so that a login node can compute with them. What is counted is what NeMo
 2.2.1 builds (megatron_gpt_model.py, Megatron-core's GPTModel); a test holds the counts against real

@@ -29,7 +29,7 @@ class RewardModelOptim(Optim):
 
 @dataclass
 class HeadedModel(Model):
-    """``model`` with the reward head, and without a reference, an anchor and a KV cache beside it."""
+    """``model`` with the reward head; no anchor, no reference and no KV cache beside it."""
 
     tensor_model_parallel_size: int = key(1, "TP", low=1)
     sequence_parallel: bool = key(False, "share activations of norms over TP")

@@ -19,6 +19,7 @@ from nemo_warp.aligner.member.metrics import MetricsLog, SilentLog
 from nemo_warp.aligner.member.stopping import StopRequest
 from nemo_warp.aligner.member.trainer import Outcome, WarpReinforceTrainer
 from nemo_warp.aligner.policy.build import Policy, build_policy
+from nemo_warp.aligner.policy.device import describe_footprint
 from nemo_warp.aligner.sampling.rewards import RewardSource
 from nemo_warp.aligner.weights import training_checkpoint
 from nemo_warp.aligner.weights.anchor import EmaAnchor, describe_memory
@@ -26,6 +27,7 @@ from nemo_warp.aligner.weights.export import export_policy
 from nemo_warp.aligner.weights.intact import damage_of, refuse_damaged
 from nemo_warp.aligner.weights.sharded import ShardedWeights
 from nemo_warp.config import identity_hash, to_plain
+from nemo_warp.core.footprint import NO_ROOM
 from nemo_warp.core.seeds import order_hash
 from nemo_warp.records import (
     Completion,
@@ -226,6 +228,8 @@ def _announce(trainer: WarpReinforceTrainer, weights: dict[str, ShardedWeights])
     """What this run does, in the log: estimator, baseline, reductions, memory."""
     algorithm = trainer.config.algorithm
     logging.info(describe_memory(weights))
+    for line in describe_footprint(trainer.model, to_plain(trainer.config)):
+        logging.warning(line) if NO_ROOM in line else logging.info(line)
     logging.info(
         f"reward - {algorithm.kl_coefficient} * KL to {algorithm.anchor} anchor; KL estimator "
         f"{algorithm.kl_estimator}, {algorithm.kl_reduction} over the response; baseline "

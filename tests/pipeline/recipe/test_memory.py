@@ -22,7 +22,7 @@ SMALL = Sizes(4, 64, 256, 4, 2, 16, 1000, 128, gated=True, divisible_by=64)
 
 
 def footprint(sizes: Sizes, **changes: Any) -> Footprint:
-    """Of conf/member.yaml's defaults under ``a.b=c`` arguments (dots written as two underscores)."""
+    """Of conf/member.yaml under ``a__b=c`` for ``a.b=c``."""
     arguments = [f"{key.replace('__', '.')}={value}" for key, value in changes.items()]
     config = load_config(
         CONF_DIRECTORY / "member.yaml", {**PLACES, "run": {"directory": "d"}}, arguments
