@@ -91,7 +91,8 @@ _REMEDIES = {
     "scoring": "raise model.tensor_model_parallel_size, or lower "
     "rollout.forward_micro_batch_size",
     "training": "raise model.tensor_model_parallel_size, set model.sequence_parallel, or "
-    "model.extra.activations_checkpoint_granularity=full with activations_checkpoint_method=uniform",
+    "model.extra.activations_checkpoint_granularity=full with "
+    "activations_checkpoint_method=uniform",
 }  # fmt: skip
 
 
