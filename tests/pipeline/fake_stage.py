@@ -5,6 +5,8 @@
 What it writes is a function of the stage's configuration and of the contents it reads. Faults are
 files ``RUN/faults/<stage name with dots>``: a line per attempt, each ``KIND@STEP`` with KIND one of
 ``exit-N``, ``kill``, ``kill-supervisor``, ``silent`` (exit code 0 without a record), ``hang``.
+While there is a file ``RUN/faults/hold``, members wait after their second step until they are told
+to stop: tests act on what runs, however slow the machine is.
 """
 
 import hashlib
@@ -78,6 +80,8 @@ def member(directory: Path, run: Path, config: dict) -> int:
     steps, seed = config["run"]["total_steps"], config["run"]["seed"]
     kind, at = fault(run, directory)
     for step in range(newest(directory) + 1, steps + 1):
+        while step > 2 and (run / "faults" / "hold").exists() and not stop:
+            time.sleep(0.05)
         time.sleep(STEP_S)
         if kind and step > at:
             suffer(kind, directory)

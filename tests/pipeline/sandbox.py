@@ -61,6 +61,18 @@ class Sandbox:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(lines))
 
+    def hold(self) -> None:
+        """Members wait after step 2, which they save, for `release`."""
+        path = self.run_directory / "faults" / "hold"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+    def release(self) -> None:
+        (self.run_directory / "faults" / "hold").unlink()
+
+    def has_saved(self, stage: str) -> bool:
+        return (self.run_directory / stage / "checkpoints").exists()
+
     def start(self, command: str = "run", *words: str, **environment: str) -> subprocess.Popen:
         return subprocess.Popen(
             [sys.executable, "-m", "nemo_warp.cli", command, str(self.recipe), *words],
@@ -73,7 +85,7 @@ class Sandbox:
 
     def call(self, command: str = "run", *words: str, **environment: str) -> tuple[int, str]:
         process = self.start(command, *words, **environment)
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=300)
         return process.returncode, output
 
     def artifacts(self) -> dict[str, bytes]:

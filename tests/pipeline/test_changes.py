@@ -92,6 +92,7 @@ def test_another_input_is_a_change_like_any_other(tmp_path: Path) -> None:
     (sandbox.directory / "heldout.jsonl").write_text('{"prompt": "In the end"}\n')
     code, output = sandbox.call()
     assert code == exit_codes.MISCONFIGURED
+    assert "changed: the contents of prompts.heldout; " in output
     assert "iteration_01/member_01 (prompts.heldout changed)" in output
     assert sandbox.call("run", "--redo")[0] == exit_codes.DONE
 
@@ -99,12 +100,14 @@ def test_another_input_is_a_change_like_any_other(tmp_path: Path) -> None:
 def test_sides_are_not_changed_while_stages_are_at_work(tmp_path: Path) -> None:
     sandbox = Sandbox(tmp_path)
     sandbox.save(iterations=1)
-    driver = sandbox.start("run", FAKE_STEP_S="1")
-    _wait((sandbox.run_directory / "iteration_01/member_01/metrics.jsonl").exists)
+    sandbox.hold()
+    driver = sandbox.start("run")
+    _wait(lambda: sandbox.has_saved("iteration_01/member_01"))
     driver.kill()
     driver.communicate()
     code, output = sandbox.call("run", "seed=77")
     assert code == exit_codes.MISCONFIGURED, output
+    assert "changed: seed (1234 -> 77); iteration_01/member_01" in output
     assert "at work on what this change would make again" in output
     assert sandbox.call("stop", "--wait", "60")[0] == exit_codes.DONE
 
@@ -197,7 +200,7 @@ def test_status_of_a_reader_and_its_arguments(finished: Sandbox) -> None:
     assert "together" in output
 
 
-def _wait(condition, seconds: float = 60.0) -> None:
+def _wait(condition, seconds: float = 120.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, os.times()

@@ -94,7 +94,7 @@ SlurmdParameters=config_overrides
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=2,batch_sched_delay=0,bf_interval=2,max_rpc_cnt=0
 JobRequeue=1
-KillWait=5
+KillWait=30
 KillOnBadExit=0
 MessageTimeout=30
 OverTimeLimit=0

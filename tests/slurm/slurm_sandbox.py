@@ -79,11 +79,12 @@ class SlurmSandbox(Sandbox):
         self.wait_for((self.run_directory / "report" / "completion.json").exists, "the report")
 
     def wait_until_running(self, stage: str) -> int:
-        """The stage has an attempt that made a step; the supervisor's process id."""
-        directory = self.run_directory / stage
-        metrics = directory / "metrics.jsonl"
-        self.wait_for(metrics.exists, f"{stage} to make a step")
+        """The stage has an attempt that has saved; the supervisor's process id."""
+        self.wait_for(lambda: self.has_saved(stage), f"{stage} to save")
         return self.attempt(stage, -1)["pid"]
+
+    def wait_until_attempt(self, stage: str, number: int) -> None:
+        self.wait_for(lambda: self.attempts(stage) >= number, f"attempt {number} at {stage}")
 
     def wait_until_queue_is_empty(self) -> None:
         self.wait_for(lambda: not self.jobs(), "the queue to be empty")

@@ -33,8 +33,7 @@ SHELL = {
     "MASTER_ADDR": "elsewhere",
     "PMIX_RANK": "5",
 }
-SLOW = {"FAKE_STEP_S": "0.3"}
-CLUSTER = {"environment": SLOW, "gpus_per_node": 2, "gpu_option": "--gres", "gpu_type": "h100"}
+CLUSTER = {"gpus_per_node": 2, "gpu_option": "--gres", "gpu_type": "h100"}
 
 
 def _member(total_steps: int, **trainer: int) -> dict:
@@ -46,8 +45,9 @@ def _member(total_steps: int, **trainer: int) -> dict:
 
 
 def _started(make: Callable, name: str, **changes) -> SlurmSandbox:
-    """A run whose two members are under way; started in that shell."""
+    """A run whose two members have saved and are held; started in that shell."""
     sandbox = make(name, cluster_changes=CLUSTER, member=_member(60), **changes)
+    sandbox.hold()
     code, output = sandbox.call("run", **SHELL)
     assert code == 75, output
     for member in (1, 2):
@@ -57,6 +57,13 @@ def _started(make: Callable, name: str, **changes) -> SlurmSandbox:
 
 def _ids(sandbox: SlurmSandbox, kind: str = "") -> list[str]:
     return [job.split()[1] for job in sandbox.jobs() if f"-{kind}" in job.split()[0]]
+
+
+def _released_after(sandbox: SlurmSandbox, attempt: int, record: str) -> None:
+    """Members go on once the first one's attempt has left the record."""
+    path = sandbox.run_directory / "iteration_01/member_01/attempts" / f"{attempt:03d}" / record
+    sandbox.wait_for(path.exists, str(path))
+    sandbox.release()
 
 
 def _stays_cancelled(sandbox: SlurmSandbox, *stages: str) -> None:
@@ -70,6 +77,7 @@ def _stays_cancelled(sandbox: SlurmSandbox, *stages: str) -> None:
 
 
 def _finishes(sandbox: SlurmSandbox, **attempts: int) -> None:
+    (sandbox.run_directory / "faults" / "hold").unlink(missing_ok=True)
     code, output = sandbox.call("resume", **SHELL)
     assert code == 75, output
     sandbox.wait_until_done()
@@ -82,6 +90,7 @@ def one_task(make: Callable) -> None:
     sandbox = _started(make, "one")
     first = next(job for job in _ids(sandbox, "member") if job.endswith("_1"))
     sandbox.cluster.command("scancel", first)
+    _released_after(sandbox, 1, "exit.json")
     _stays_cancelled(sandbox, "iteration_01/member_01")
     assert sandbox.ending("iteration_01/member_01", 0)["asked"], "counts against nobody"
     assert (sandbox.run_directory / "iteration_01/member_02/completion.json").exists()
@@ -101,6 +110,7 @@ def whole_array(make: Callable) -> None:
 def the_merge(make: Callable) -> None:
     sandbox = _started(make, "merge-cancelled")
     sandbox.cluster.command("scancel", *_ids(sandbox, "merge"))
+    sandbox.release()
     _stays_cancelled(sandbox, "iteration_01/merge")
     _finishes(sandbox, member_01=1, member_02=1, merge=1)
 
@@ -108,6 +118,7 @@ def the_merge(make: Callable) -> None:
 def the_driver(make: Callable) -> None:
     sandbox = _started(make, "driver-cancelled", iterations=2)
     sandbox.cluster.command("scancel", *_ids(sandbox, "driver"))
+    sandbox.release()
     sandbox.wait_until_queue_is_empty()
     assert "no driver is at work" in sandbox.state()["next"]
     code, output = sandbox.call("run", **SHELL)
@@ -132,6 +143,7 @@ def preempted(make: Callable) -> None:
     sandbox = _started(make, "preempted")
     first = next(job for job in _ids(sandbox, "member") if job.endswith("_1"))
     sandbox.cluster.command("scontrol", "requeue", first)
+    _released_after(sandbox, 2, "attempt.json")
     sandbox.wait_until_done()
     ending = sandbox.ending("iteration_01/member_01", 0)
     assert "requeued" in ending["reason"], ending
@@ -145,6 +157,7 @@ def told_by_signal(make: Callable) -> None:
     sandbox = _started(make, "told")
     first = next(job for job in _ids(sandbox, "member") if job.endswith("_1"))
     sandbox.cluster.command("scancel", "--signal=USR1", "--batch", first)
+    _released_after(sandbox, 2, "attempt.json")
     sandbox.wait_until_done()
     assert sandbox.ending("iteration_01/member_01", 0)["exit_code"] == 85
     assert sandbox.attempt("iteration_01/member_01", 1)["slurm"]["SLURM_RESTART_COUNT"] == "1"

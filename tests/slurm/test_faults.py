@@ -73,12 +73,15 @@ def time_limit(make) -> None:
 
 
 def requeued_by_hand(make) -> None:
-    sandbox = make("requeue", cluster_changes={"environment": SLOW}, member=_member(50))
+    sandbox = make("requeue", member=_member(50))
+    sandbox.hold()
     sandbox.submit()
     sandbox.wait_until_running("iteration_01/member_01")
     sandbox.wait_until_running("iteration_01/member_02")
     job = next(j for j in sandbox.jobs() if "member" in j and j.split()[1].endswith("_1"))
     sandbox.cluster.command("scontrol", "requeue", job.split()[1])
+    sandbox.wait_until_attempt("iteration_01/member_01", 2)
+    sandbox.release()
     sandbox.wait_until_done()
     assert sandbox.attempts("iteration_01/member_01") == 2
     assert sandbox.attempts("iteration_01/member_02") == 1, "its sibling was left alone"
@@ -88,17 +91,15 @@ def reward_server_killed(make) -> None:
     reward = {"weight": 1.0, "callable": "nemo_warp.rewards.library:vader_compound"}
     sandbox = make("reward", rewards={"vader": reward}, members=1, evaluation=EVALUATION)
     retries = {"without_progress": 2, "stop_grace_s": 60, "ready_deadline_s": 120}
-    sandbox.save(
-        member=_member(60),
-        retries=retries,
-        cluster_overrides={"environment": {"FAKE_STEP_S": "0.2"}},
-    )
+    sandbox.save(member=_member(60), retries=retries)
+    sandbox.hold()
     sandbox.submit()
     sandbox.wait_until_running("iteration_01/member_01")
     attempt = sandbox.run_directory / "iteration_01/member_01/attempts/001"
     endpoint = json.loads((attempt / "endpoint_vader.json").read_text())
     os.kill(endpoint["pid"], signal.SIGKILL)
     sandbox.wait_for((attempt / "exit.json").exists, "the attempt to end")
+    sandbox.release()
     ending = sandbox.ending("iteration_01/member_01", 0)
     assert "reward-vader ended with exit code 137" in ending["reason"]
     assert ending["exit_code"] == 137, "the true exit code of the first step to die"
@@ -120,8 +121,8 @@ def merge_killed(make) -> None:
 
 
 def driver_cancelled(make) -> None:
-    slow = {"environment": SLOW}
-    sandbox = make("driver", cluster_changes=slow, iterations=2, member=_member(30))
+    sandbox = make("driver", iterations=2, member=_member(30))
+    sandbox.hold()
     sandbox.submit()
 
     def pending_driver() -> str | None:
@@ -129,6 +130,7 @@ def driver_cancelled(make) -> None:
         return drivers[0] if drivers else None
 
     sandbox.cluster.command("scancel", sandbox.wait_for(pending_driver, "the next driver"))
+    sandbox.release()
     sandbox.wait_until_queue_is_empty()
     assert (sandbox.run_directory / "iteration_01/merge/completion.json").exists()
     assert not (sandbox.run_directory / "iteration_02").exists()
@@ -175,11 +177,13 @@ def failing_for_good(make) -> None:
 
 
 def config_edited(make) -> None:
-    sandbox = make("edited", cluster_changes={"environment": SLOW})
-    sandbox.save(iterations=2, merge={"eta": 0.3})
+    """Whatever of the old recipe is done or at work by then: the refusal names the key."""
+    sandbox = make("edited", iterations=2, merge={"eta": 0.3})
+    sandbox.hold()
     sandbox.submit()
     sandbox.wait_until_running("iteration_01/member_01")
     sandbox.save(merge={"eta": 0.5})
+    sandbox.release()
     sandbox.wait_until_queue_is_empty()
     log = next(iter((sandbox.run_directory / "slurm").glob("*-driver.*"))).read_text()
     assert "error: " in log
@@ -191,7 +195,8 @@ def config_edited(make) -> None:
 
 
 def stopped(make) -> None:
-    sandbox = make("stopped", cluster_changes={"environment": SLOW}, member=_member(40))
+    sandbox = make("stopped", member=_member(40))
+    sandbox.hold()
     sandbox.submit()
     sandbox.wait_until_running("iteration_01/member_01")
     code, output = sandbox.call("stop", "--wait", "120")
@@ -199,7 +204,8 @@ def stopped(make) -> None:
     sandbox.wait_until_queue_is_empty()
     ending = sandbox.ending("iteration_01/member_01", 0)
     assert (ending["exit_code"], ending["asked"]) == (85, True)
-    assert sandbox.state()["exit_code"] == 85
+    assert sandbox.state()["exit_code"] == 85, "what a stop cancels is no failure"
+    sandbox.release()
     assert sandbox.call("resume")[0] == 75
     sandbox.wait_until_done()
     assert sandbox.attempts("iteration_01/member_01") == 2
@@ -268,9 +274,10 @@ def test_node_down_and_back(running: dict[object, Future], make_sandbox) -> None
     from slurm_sandbox import kill_tree, parent
 
     sandbox: SlurmSandbox = make_sandbox(
-        "node", cluster_changes={"exclusive": True, "environment": SLOW}, member=_member(80)
+        "node", cluster_changes={"exclusive": True}, member=_member(80)
     )
     cluster = sandbox.cluster
+    sandbox.hold()
     sandbox.submit()
     pids = {m: sandbox.wait_until_running(f"iteration_01/member_0{m}") for m in (1, 2)}
     lost = next(
@@ -282,6 +289,7 @@ def test_node_down_and_back(running: dict[object, Future], make_sandbox) -> None
     sandbox.wait_for(lambda: "down" in cluster.command("sinfo", "-h", "-n", "node2", "-o", "%T"),
                      "node2 to be down")  # fmt: skip
     cluster.start_node("node2")
+    sandbox.release()
     sandbox.wait_until_done()
     assert sandbox.attempts(f"iteration_01/member_0{lost}") == 2
     assert sandbox.attempt(f"iteration_01/member_0{lost}", 1)["step"] > 0
@@ -290,9 +298,8 @@ def test_node_down_and_back(running: dict[object, Future], make_sandbox) -> None
 
 @pytest.mark.timeout(300)
 def test_controller_restarted(running: dict[object, Future], make_sandbox) -> None:
-    sandbox: SlurmSandbox = make_sandbox(
-        "controller", cluster_changes={"environment": SLOW}, member=_member(50)
-    )
+    sandbox: SlurmSandbox = make_sandbox("controller", member=_member(50))
+    sandbox.hold()
     sandbox.submit()
     for member in (1, 2):
         sandbox.wait_until_running(f"iteration_01/member_0{member}")
@@ -300,6 +307,7 @@ def test_controller_restarted(running: dict[object, Future], make_sandbox) -> No
     sandbox.cluster.stop_process("slurmctld", signal.SIGKILL)
     time.sleep(3)
     sandbox.cluster.start_controller()
+    sandbox.release()
     sandbox.wait_until_done()
     assert sandbox.attempts("iteration_01/member_01") == 1
     assert sandbox.attempts("iteration_01/member_02") == 1

@@ -7,8 +7,9 @@ import time
 
 from nemo_warp import exit_codes
 from nemo_warp.pipeline.commands.common import add_recipe, existing, in_words, queue_of
+from nemo_warp.pipeline.disk import cancelled
 from nemo_warp.pipeline.disk.state import Status, inspect
-from nemo_warp.pipeline.launch import slurm
+from nemo_warp.pipeline.launch import slurm, slurm_jobs
 from nemo_warp.pipeline.recipe.load import Recipe
 
 EPILOG = """\
@@ -35,8 +36,7 @@ def main(args: argparse.Namespace) -> int:
     """Stop; returns an exit code."""
     recipe = existing(args)
     recipe.paths.stop.touch()
-    queue = queue_of(recipe) or {}
-    slurm.cancel([job.job_id for job in queue.values() if not job.running])
+    _cancel_pending(recipe)
     deadline = time.monotonic() + args.wait
     while True:
         running = _running(recipe)
@@ -47,6 +47,16 @@ def main(args: argparse.Namespace) -> int:
             print(f"told to stop, still saving: {', '.join(running)}")
             return exit_codes.IN_PROGRESS
         time.sleep(0.5)
+
+
+def _cancel_pending(recipe: Recipe) -> None:
+    """Jobs that a stop cancels are no failures, also one that begins just then."""
+    queue = queue_of(recipe) or {}
+    pending = {name: job.job_id for name, job in queue.items() if not job.running}
+    for name, job in pending.items():
+        if name != slurm_jobs.DRIVER:
+            cancelled.forgive(recipe.paths.stage(name), job)
+    slurm.cancel(list(pending.values()))
 
 
 def _running(recipe: Recipe) -> list[str]:

@@ -58,5 +58,5 @@ def _read(paths: StagePaths) -> dict[str, list[str]]:
 
 
 def _write(paths: StagePaths, jobs: list[str], forgiven: list[str]) -> None:
-    paths.cancelled.parent.mkdir(exist_ok=True)
+    paths.cancelled.parent.mkdir(parents=True, exist_ok=True)
     write_json_atomically(paths.cancelled, {"jobs": jobs, "forgiven": forgiven})

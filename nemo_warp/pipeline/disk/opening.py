@@ -8,9 +8,10 @@ requests (`disk.request`) hold what decides their results, and there is no secon
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nemo_warp import yaml_text
 from nemo_warp.pipeline.disk import attempts, locks
@@ -21,17 +22,22 @@ from nemo_warp.pipeline.recipe.load import Recipe, load_recipe
 from nemo_warp.pipeline.recipe.plan import Stage
 from nemo_warp.records import write_json_atomically, write_text_atomically
 
+_VALUE_LENGTH = 60
+"""Of a changed value in a message: enough to know it again."""
+
 
 @dataclass(frozen=True)
 class Change:
     """What a changed recipe or input does to the stages on disk, by name with the reason.
 
     Attributes:
+        keys: what differs, e.g. ``merge.eta (0.3 -> 0.5)``.
         redone: finished stages that would be made again.
         restarted: unfinished ones that would begin again; their steps so far are lost.
         at_work: stages that run right now for the recipe as it was.
     """
 
+    keys: tuple[str, ...]
     redone: dict[str, str]
     restarted: dict[str, str]
     at_work: tuple[str, ...]
@@ -55,7 +61,7 @@ def open_run(recipe: Recipe, redo: bool = False) -> Change:
     paths.root.mkdir(parents=True, exist_ok=True)
     pins = {name: inputs.fingerprint(path) for name, path in _inputs(recipe).items()}
     text = yaml_text.dump({**recipe.values, "run_directory": None})
-    change = Change({}, {}, ())
+    change = Change((), {}, {}, ())
     if paths.recipe.exists():
         change = what_changes(recipe, pins)
         same = paths.recipe.read_text() == text and recipe.pinned == pins
@@ -97,7 +103,32 @@ def what_changes(recipe: Recipe, pins: dict[str, str]) -> Change:
         if name not in done and attempts.progress(recipe.paths.stage(name)) > 0
     }
     busy = tuple(name for name in reasons if locks.is_held(recipe.paths.stage(name).lock))
-    return Change(done, begun, busy)
+    return Change(tuple(_differences(stored, recipe, pins)), done, begun, busy)
+
+
+def _differences(stored: Recipe, recipe: Recipe, pins: dict[str, str]) -> Iterator[str]:
+    """Keys whose values differ, and inputs whose contents do."""
+    before, now = (dict(_flat({**r.values, "run_directory": None})) for r in (stored, recipe))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            yield f"{key} ({_value(before, key)} -> {_value(now, key)})"
+    for name in sorted(recipe.pinned.keys() & pins.keys()):
+        if recipe.pinned[name] != pins[name]:
+            yield f"the contents of {name}"
+
+
+def _flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        name = f"{above}{key}"
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{name}.")
+        else:
+            yield name, value
+
+
+def _value(values: Mapping[str, Any], key: str) -> str:
+    text = json.dumps(values[key], ensure_ascii=False) if key in values else "absent"
+    return text if len(text) <= _VALUE_LENGTH else f"{text[:_VALUE_LENGTH]}..."
 
 
 def _reason(
@@ -132,18 +163,20 @@ def _agreed(file: Path) -> list[str]:
 
 
 def _refuse(recipe: Recipe, change: Change, agreed: set[str]) -> None:
+    changed = f"changed: {_some(change.keys)}; " if change.keys else ""
     if change.at_work:
         raise ValueError(
-            f"{_some(change.at_work)} at work on what this change would make again; first: "
-            f"nemo-warp stop {recipe.paths.root} --wait 600"
+            f"{changed}{_some(change.at_work)} at work on what this change would make again; "
+            f"first: nemo-warp stop {recipe.paths.root} --wait 600"
         )
     reasons = [f"{name} ({why})" for name, why in change.redone.items() if name not in agreed]
     if reasons:
         lost = f"; {_some(change.restarted)} would begin again" if change.restarted else ""
         raise ValueError(
-            f"this change would redo {len(reasons)} finished stages: {_some(reasons)}{lost}. "
-            f"Nothing was changed. To do it: the same command with --redo; to keep them: undo the "
-            f"change ({recipe.paths.recipe} has the values in use) or give another run_directory"
+            f"{changed}this change would redo {len(reasons)} finished stages: "
+            f"{_some(reasons)}{lost}. Nothing was changed. To do it: the same command with --redo; "
+            f"to keep them: undo the change ({recipe.paths.recipe} has the values in use) "
+            "or give another run_directory"
         )
 
 

@@ -14,7 +14,7 @@ from nemo_warp.pipeline.launch import environment
 
 PATIENCE_S = 600.0
 """How long a controller that does not answer (restarting, overloaded) is asked again."""
-_BEFORE_SIGKILL_S = 3.0
+_BEFORE_SIGKILL_S = 10.0
 """What may be spent on a question between SIGTERM and SIGKILL (KillWait, 30 s by default)."""
 
 
@@ -59,24 +59,27 @@ def requeue_this_job(job: str) -> None:
     time.sleep(300)
 
 
-def why_ended(job: str) -> Ended:
-    """Why this job got SIGTERM; ask before SIGKILL follows.
+def why_ended(job: str) -> Ended | None:
+    """Why Slurm is ending this job, None if it is not; ask before SIGKILL follows SIGTERM.
 
-    Measured on 22.05: a job is COMPLETING by then, whatever the reason. At its time limit it has
-    the reason ``TimeLimit``; one that Slurm has requeued counts one restart more than this process
-    was told of.
+    Measured on 22.05: the job is COMPLETING before any of its processes gets SIGTERM, whatever the
+    reason. At its time limit it has the reason ``TimeLimit``; one that Slurm has requeued counts
+    one restart more than this process was told of. A warning before preemption (GraceTime) finds
+    it RUNNING.
     """
     words = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={job}"]
-    words += ["--Format=reason:40,restartcnt:10"]
+    words += ["--Format=state:20,reason:40,restartcnt:10"]
     try:
-        lines = ask(words, _BEFORE_SIGKILL_S).splitlines()
-        reason, restarts = lines[0].rsplit(maxsplit=1)
-        again = int(restarts) > int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        state, *_ = line = ask(words, _BEFORE_SIGKILL_S).splitlines()[0].split()
+        again = int(line[-1]) > int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     except (SlurmError, IndexError, ValueError):
         return Ended.UNKNOWN
     if again:
         return Ended.REQUEUED
-    return Ended.TIME_LIMIT if reason.strip() == "TimeLimit" else Ended.CANCELLED
+    if state == "RUNNING":
+        return None
+    reason = " ".join(line[1:-1])
+    return Ended.TIME_LIMIT if reason == "TimeLimit" else Ended.CANCELLED
 
 
 def submit(words: Sequence[str], known: Collection[str] = ()) -> str:
@@ -122,8 +125,11 @@ def ask(
     while True:
         try:
             result = subprocess.run(
-                words, capture_output=True, text=True, check=False, env=environment.for_slurm()
-            )
+                words, capture_output=True, text=True, check=False, env=environment.for_slurm(),
+                timeout=patience_s,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise SlurmError(f"{shlex.join(words)}: no answer in {patience_s:g} s") from None
         except FileNotFoundError:
             raise SlurmError(f"{words[0]} is not installed here; run this where Slurm is") from None
         if result.returncode == 0:

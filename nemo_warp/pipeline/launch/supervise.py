@@ -103,26 +103,27 @@ class Supervisor:
     def _asked(self) -> str | None:
         """Who wants this attempt to stop, or None."""
         if self._signal is not None:
-            self._ask_why()
-            why = f" (job {self._allocation.job} {self._ended.value})" if self._ended else ""
-            return f"{self._signal.name} received{why}"
+            why = self._ended_by_slurm() if self._signal is signal.SIGTERM else None
+            return f"{self._signal.name} received{f' ({why})' if why else ''}"
         if time.monotonic() < self._next_look:  # once a second: it may be a shared file system
             return None
         self._next_look = time.monotonic() + _LOOK_S
         stop = self._recipe.paths.stop
         return f"{stop} exists" if stop.exists() else None
 
-    def _ask_why(self) -> None:
-        """Slurm sends SIGTERM to cancel, to requeue, and at the time limit; SIGKILL follows soon.
+    def _ended_by_slurm(self) -> str | None:
+        """How Slurm is ending the job, if it is: it cancels, requeues, or the time is over.
 
-        That the job was cancelled is noted at once: there may be no time to when it has ended.
+        SIGTERM goes to all of the job's processes at once: the steps may have ended of it before
+        this one is told. That the job was cancelled is noted right away: SIGKILL follows soon.
         """
         job = self._allocation.job
-        if self._signal is not signal.SIGTERM or not job or self._ended is not None:
-            return
-        self._ended = slurm.why_ended(job)
-        if self._ended is Ended.CANCELLED:
-            cancelled.note(self._recipe.paths.stage(self._stage.name), job)
+        if job and self._ended is None:
+            found = slurm.why_ended(job)
+            self._ended = None if found is Ended.UNKNOWN and self._signal is None else found
+            if self._ended is Ended.CANCELLED:
+                cancelled.note(self._recipe.paths.stage(self._stage.name), job)
+        return f"job {job} {self._ended.value}" if self._ended else None
 
     def _stopped(self, reason: str) -> Outcome:
         """The attempt ended because it was asked to.
@@ -149,10 +150,12 @@ class Supervisor:
         deadline = time.monotonic() + allowed
         while not all(endpoint.exists() for endpoint in endpoints):
             lost, asked = self._lost_server(), self._asked()
-            if lost is not None:
-                return lost
+            if asked is None and lost is not None:
+                asked = self._ended_by_slurm()
             if asked is not None:
                 return self._stopped(asked)
+            if lost is not None:
+                return lost
             if time.monotonic() > deadline:
                 late = [str(e) for e in endpoints if not e.exists()]
                 return Outcome(
@@ -185,6 +188,8 @@ class Supervisor:
         assert code is not None
         if code == exit_codes.DONE:
             return Outcome(code, "done")
+        ended = self._ended_by_slurm()  # it may have warned only, when it sent SIGTERM
+        asked = asked or ended
         if asked is not None:
             saved = "saved and stopped" if code == exit_codes.STOPPED_RESUMABLE else "stopped"
             return self._stopped(f"{saved}: {asked}")

@@ -148,40 +148,49 @@ def test_a_program_that_does_not_exist(short: Sandbox) -> None:
 
 
 def test_stop_saves_and_resume_goes_on(short: Sandbox, expected: dict[str, bytes]) -> None:
-    driver = short.start("run", FAKE_STEP_S="1.5")
-    _wait((short.run_directory / "iteration_01/member_01/metrics.jsonl").exists)
+    short.hold()
+    driver = short.start("run")
+    _wait(lambda: short.has_saved("iteration_01/member_01"))
     code, output = short.call("stop", "--wait", "60")
     assert code == exit_codes.DONE, output
-    driver.communicate(timeout=60)
+    driver.communicate(timeout=120)
     assert driver.returncode == exit_codes.STOPPED_RESUMABLE
     assert not (short.run_directory / "iteration_01/merge").exists()
     code, output = short.call("run")
     assert code == exit_codes.STOPPED_RESUMABLE, "run respects the stop"
     assert short.call("status")[0] == exit_codes.STOPPED_RESUMABLE
+    short.release()
     assert short.call("resume")[0] == exit_codes.DONE
     assert_same(short, expected)
 
 
 def test_ctrl_c_saves_and_run_goes_on(short: Sandbox, expected: dict[str, bytes]) -> None:
-    driver = short.start("run", FAKE_STEP_S="1.5")
-    _wait((short.run_directory / "iteration_01/member_01/metrics.jsonl").exists)
+    short.hold()
+    driver = short.start("run")
+    _wait(lambda: short.has_saved("iteration_01/member_01"))
     driver.send_signal(signal.SIGINT)
-    output, _ = driver.communicate(timeout=60)
+    output, _ = driver.communicate(timeout=120)
     assert driver.returncode == exit_codes.STOPPED_RESUMABLE, output
+    short.release()
     assert short.call()[0] == exit_codes.DONE
     assert_same(short, expected)
 
 
 def test_two_drivers_and_a_killed_one(short: Sandbox, expected: dict[str, bytes]) -> None:
-    driver = short.start("run", FAKE_STEP_S="2")
-    _wait((short.run_directory / "iteration_01/member_01/attempts").exists)
+    short.hold()
+    driver = short.start("run")
+    for member in (1, 2):
+        _wait((short.run_directory / f"iteration_01/member_0{member}/attempts").exists)
     code, output = short.call()
     assert code == exit_codes.IN_PROGRESS
     assert "another driver is at work" in output
     assert short.call("status")[0] == exit_codes.IN_PROGRESS
     driver.kill()
     driver.communicate()
-    code, output = short.call()
+    second = short.start("run")
+    short.release()
+    output, _ = second.communicate(timeout=120)
+    code = second.returncode
     assert code == exit_codes.DONE, output
     assert all(short.attempts(f"iteration_01/member_0{m}") == 1 for m in (1, 2)), (
         "not started twice"
@@ -279,10 +288,11 @@ def test_gpus_that_do_not_go_round(short: Sandbox, launcher, devices: int, messa
 
 def test_ctrl_c_reaches_what_is_just_starting(short: Sandbox) -> None:
     short.save(members=4, launcher={"side_by_side": 4})
-    driver = short.start("run", FAKE_STEP_S="20")
+    short.hold()
+    driver = short.start("run")
     _wait((short.run_directory / "local").exists)
     driver.send_signal(signal.SIGINT)
-    output, _ = driver.communicate(timeout=60)  # 80 s of steps, each
+    output, _ = driver.communicate(timeout=120)  # which nobody releases
     assert driver.returncode == exit_codes.STOPPED_RESUMABLE, output
     assert not list(short.run_directory.glob("iteration_01/member_*/completion.json"))
 
@@ -311,7 +321,7 @@ def test_an_io_error_is_not_final(
             signal.signal(number, handler)
 
 
-def _wait(condition, seconds: float = 60.0) -> None:
+def _wait(condition, seconds: float = 120.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
