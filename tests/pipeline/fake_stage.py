@@ -126,6 +126,7 @@ def evaluation(directory: Path, run: Path, config: dict) -> int:
         time.sleep(STEP_S)
         with path.open("a") as stream:
             point = {"base": "init", "eta": eta, "reward": eta, "kl_to_sft": 10 * eta}
+            point |= {f"judge_{judge['name']}": eta for judge in config.get("judges", [])}
             stream.write(json.dumps(point) + "\n")
     complete(directory, ["points.jsonl"], "evaluation", {})
     return 0
