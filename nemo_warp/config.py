@@ -78,6 +78,8 @@ NOT_IDENTITY = (
     "model.sequence_parallel",
     "model.micro_batch_size",
     "rollout.forward_micro_batch_size",
+    "rollout.forward_tokens",
+    "rollout.train_tokens",
     "rollout.trt_llm.max_input_len",
     "rollout.trt_llm.batch_size",
     "rollout.trt_llm.reshard",

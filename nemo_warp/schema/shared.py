@@ -45,6 +45,14 @@ class Rollout:
     forward_micro_batch_size: int = key(
         "${rollout.micro_batch_size}", "sequences scored together", low=1
     )
+    forward_tokens: int | None = key(
+        None, "sequences scored together hold up to so many, padding included, in place of "
+        "forward_micro_batch_size", unit="tokens", low=1,
+    )  # fmt: skip
+    train_tokens: int | None = key(
+        None, "sequences of a training micro batch hold up to so many, padding included, in place "
+        "of model.micro_batch_size", unit="tokens", low=1,
+    )  # fmt: skip
     trt_llm: TensorRT = section(TensorRT)
 
 

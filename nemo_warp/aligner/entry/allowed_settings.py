@@ -56,6 +56,9 @@ MODEL_RULES = {
     "rampup_batch_size": Rule(
         _off, "null", "the batch of a step is rollout.prompts_per_step * samples_per_prompt"
     ),
+    "defer_embedding_wgrad_compute": Rule(
+        _off, "false", "the output layer's gradient is made in chunks, none of it later"
+    ),
     "fsdp": Rule(_off, "false", "weights are swapped in Megatron's layout, not in FSDP's"),
 }  # fmt: skip
 """Keys of the checkpoint's ``model_config.yaml``, which ``model.extra`` can override."""

@@ -116,7 +116,7 @@ class Evaluator:
         """Each response's divergences by name, float32 [B], and the mean entropy of its tokens."""
         rows = local_rows(len(rollouts.tokens))
         tokens, mask = rollouts.tokens[rows], rollouts.mask[rows]
-        log_probs = self.model.get_inference_log_probs(tokens)
+        log_probs = self.model.get_inference_log_probs(tokens, mask)
         found: dict[str, Tensor] = {}
         references = {"kl_to_sft": self.sft}
         if anchor is not None and anchor is not self.sft:
@@ -132,7 +132,7 @@ class Evaluator:
         self, name: str, tokens: Tensor, mask: Tensor, log_probs: Tensor, weights: GatheredWeights
     ) -> dict[str, Tensor]:
         with weights.in_place():
-            reference = self.model.get_inference_log_probs(tokens)
+            reference = self.model.get_inference_log_probs(tokens, mask)
         found = {name: gather_rows(sequence_kl(log_probs, reference, mask, "log_ratio", "sum"))}
         if self.config.exact_kl:
             size = self.config.micro_batch_size

@@ -23,7 +23,6 @@ from nemo.collections.nlp.modules.common.text_generation_strategy import (
     GPTModelTextGenerationStrategy,
 )
 from nemo_aligner.utils.distributed import broadcast_tensor_within_pp
-from torch import Tensor
 from tqdm import tqdm
 
 from nemo_warp.aligner.policy.actor import WarpActorModel
@@ -155,58 +154,18 @@ class PolicyLM(TemplateLM):
     def _score_batch(self, rows: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         """As `_score`, of one batch; what does not fit the context is cut off on the left."""
         whole = [(given + wanted)[-self.context - 1 :] for given, wanted in rows]
-        multiple = parallel_state.get_tensor_model_parallel_world_size()  # sequence parallelism
-        width = -(-max(len(tokens) - 1 for tokens in whole) // multiple) * multiple
-        inputs = torch.full((len(rows), width), self.eot_token_id)
-        targets = torch.full((len(rows), width), self.eot_token_id)
-        for row, tokens in enumerate(whole):
-            inputs[row, : len(tokens) - 1] = torch.tensor(tokens[:-1])
-            targets[row, : len(tokens) - 1] = torch.tensor(tokens[1:])
-        log_probs, greedy = self._forward(inputs.cuda(), targets.cuda())
-        answers = []
-        for row, (tokens, (_, wanted)) in enumerate(zip(whole, rows, strict=True)):
+        width = max(len(tokens) for tokens in whole)
+        padded = torch.full((len(rows), width), self.eot_token_id)
+        mask = torch.zeros(len(rows), width - 1)
+        for i, (tokens, (_, wanted)) in enumerate(zip(whole, rows, strict=True)):
+            padded[i, : len(tokens)] = torch.tensor(tokens)
             stop = len(tokens) - 1
-            place = slice(max(0, stop - len(wanted)), stop)
-            total = log_probs[row, place].double().sum().item()
-            answers.append((total, bool(greedy[row, place].all())))
-        return answers
-
-    @torch.no_grad()
-    def _forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probability of ``targets`` [b, S] and whether each is the most likely token."""
-
-        def compute(logits: Tensor, _: Tensor) -> Tensor:
-            log_prob, best = self._log_probs(logits, targets)
-            return torch.stack([log_prob, (log_prob >= best).float()])
-
-        outputs = self.policy._forward_only(
-            inputs, len(inputs), self.policy._output_only_func(compute)
-        )
-        both = broadcast_tensor_within_pp(outputs[0] if outputs else None)
-        return both[0], both[1].bool()
-
-    def _log_probs(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Log pi of the targets and of the most likely token, float32 [b, S] each.
-
-        Args:
-            logits: [b, S, V/TP], this rank's part of the vocabulary, padding included.
-        """
-        group = parallel_state.get_tensor_model_parallel_group()
-        first = parallel_state.get_tensor_model_parallel_rank() * logits.size(-1)
-        real = self.policy.tokenizer.vocab_size - first
-        logits = logits.float()
-        padding = torch.arange(logits.size(-1), device=logits.device) >= real
-        logits = logits.masked_fill(padding, torch.finfo(torch.float32).min / 2)
-        top = logits.amax(-1)
-        torch.distributed.all_reduce(top, torch.distributed.ReduceOp.MAX, group=group)
-        total = (logits - top[..., None]).exp().sum(-1)
-        torch.distributed.all_reduce(total, group=group)
-        here = (targets >= first) & (targets < first + logits.size(-1))
-        index = (targets - first).clamp(0, logits.size(-1) - 1)
-        chosen = logits.gather(-1, index[..., None]).squeeze(-1).masked_fill(~here, 0.0)
-        torch.distributed.all_reduce(chosen, group=group)  # one rank has it, the others add 0
-        norm = total.log()
-        return chosen - top - norm, -norm
+            mask[i, max(0, stop - len(wanted)) : stop] = 1
+        # The law of the model itself, whatever temperature members sample at.
+        log_probs, best = self.policy.score(padded.cuda(), mask.cuda(), 1.0, len(rows))
+        totals = log_probs.double().sum(-1).tolist()
+        greedy = (log_probs >= best).all(-1).tolist()  # both are 0 off the mask
+        return list(zip(totals, greedy, strict=True))
 
     def _generation(self, request: Instance) -> tuple[list[int], int, tuple[str, ...]]:
         """Context tokens, length limit and end strings of a request."""

@@ -94,15 +94,16 @@ class Objective:
         if self.reference is None:
             return torch.zeros_like(rollouts.rewards)
         rows = local_rows(len(rollouts.tokens))
+        tokens, mask = rollouts.tokens[rows], rollouts.mask[rows]
         with self.timings.measure("log_prob"):
-            log_probs = self.model.get_inference_log_probs(rollouts.tokens[rows])
+            log_probs = self.model.get_inference_log_probs(tokens, mask)
         with self.timings.measure("anchor_log_prob"), self.reference.in_place():
-            anchor_log_probs = self.model.get_inference_log_probs(rollouts.tokens[rows])
+            anchor_log_probs = self.model.get_inference_log_probs(tokens, mask)
         algorithm = self.config.algorithm
         kl = sequence_kl(
             log_probs,
             anchor_log_probs,
-            rollouts.mask[rows],
+            mask,
             algorithm.kl_estimator,
             algorithm.kl_reduction,
         )

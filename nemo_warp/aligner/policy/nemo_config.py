@@ -107,6 +107,8 @@ def _reinforce(plain: dict[str, Any], longest_prompt: int) -> dict[str, Any]:
         "rollout_micro_batch_size": engine_batch_size(rollout, plain["evaluation"]),
         "engine_directory": engine_directory(plain),  # ours: upstream has no key for it
         "forward_micro_batch_size": rollout["forward_micro_batch_size"],
+        "forward_tokens": rollout["forward_tokens"],  # ours, as the next
+        "train_tokens": rollout["train_tokens"],
         "offload_adam_states": plain["optim"]["name"] == _DISTRIBUTED_ADAM,
         "log_prob_temperature": plain["algorithm"]["log_prob_temperature"],
         # min_length 0: forbidding an early end would sample from another law than is scored

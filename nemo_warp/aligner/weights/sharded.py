@@ -56,7 +56,7 @@ def _place(tensor: Tensor) -> tuple[int, torch.Size]:
     return tensor.data_ptr(), tensor.shape
 
 
-def _bare(module: Any) -> Any:
+def bare_module(module: Any) -> Any:
     """The module under wrappers such as NeMo's Float16Module, whose names are the checkpoint's."""
     while hasattr(module, "module"):
         module = module.module
@@ -197,7 +197,7 @@ class ShardedWeights:
         found = {
             id(parameter): loaded[name]
             for module in self._model.get_model_module_list()
-            for name, parameter in _bare(module).named_parameters(remove_duplicate=False)
+            for name, parameter in bare_module(module).named_parameters(remove_duplicate=False)
             if name in loaded
         }
         missing = self.take_(found)

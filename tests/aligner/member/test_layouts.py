@@ -151,33 +151,3 @@ def test_gradient_does_not_depend_on_the_micro_batch(materials, tmp_path):
     for size in (1, 2, 4):
         for name, expected in found["torch"].items():
             assert lab.relative_error(found[size][name], expected) < 1e-5, (size, name)
-
-
-def tempered_log_probs(materials, directory, layout, logits, tokens):
-    """Log-probabilities of ``tokens``, and the gradient of their sum in this rank's logits."""
-    from nemo_aligner.utils.distributed import from_parallel_logits_to_logprobs
-
-    config = lab.member_config(materials, directory, layout)
-    model = lab.build_trainer(config).model
-    part = logits.chunk(layout.tensor, -1)[torch.distributed.get_rank()].clone().requires_grad_()
-    found = from_parallel_logits_to_logprobs(model.temper(part), tokens, higher_stability=True)
-    found.sum().backward()
-    return found.detach(), part.grad
-
-
-@pytest.mark.parametrize("layout", [Layout(), Layout(2)], ids=str)
-def test_padded_vocabulary_has_no_probability(materials, tmp_path, layout):
-    """Columns past the tokenizer's vocabulary are never sampled; here they have the most mass."""
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(2, 5, lab.VOCABULARY + 32, generator=generator)
-    logits[..., lab.VOCABULARY :] += 20.0
-    tokens = torch.randint(lab.VOCABULARY, (2, 5), generator=generator)
-    ranks = run_ranks(tempered_log_probs, layout.ranks, materials, tmp_path, layout, logits, tokens)
-    whole = logits.double().requires_grad_()
-    law = (whole[:, :-1, : lab.VOCABULARY] / 0.9).log_softmax(-1)  # 0.9: conf/member.yaml
-    expected = law.gather(-1, tokens[:, 1:, None]).squeeze(-1)
-    expected.sum().backward()
-    for found, _ in ranks:
-        assert torch.allclose(found.double(), expected.detach(), rtol=1e-5, atol=1e-6)
-    gradient = torch.cat([grad for _, grad in ranks], -1).double()
-    assert torch.allclose(gradient, whole.grad, rtol=1e-4, atol=1e-6)

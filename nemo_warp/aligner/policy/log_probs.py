@@ -1,0 +1,220 @@
+"""Log-probabilities and KL at response positions, in chunks: never all logits at a time.
+
+The plain way, logits [b, S, V/TP] of every position and float32 copies of them, peaks at 16 to 24
+bytes per logit, which is more than a large vocabulary leaves room for. Here the hidden states of
+the response positions go through the output layer chunk by chunk, and the backward pass does it
+again: what is kept between the two is the hidden states and one number per position. Parallel over
+the vocabulary as Megatron's output layer is; temperature, soft cap and padding are part of it.
+
+Values and gradients are those of the plain way to fp32 accuracy (tests/aligner/policy).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+CHUNK_LOGITS = 2**27
+"""Logits held at a time, on this rank: 0.5 GiB in fp32, and half of that in bf16.
+
+Large enough for the products with the output layer to run at full speed (1024 positions of a
+vocabulary of 128 k), and for the sum of the weight's gradient over chunks not to show.
+"""
+
+
+@dataclass(frozen=True)
+class OutputLayer:
+    """This rank's part of the output layer, and the law that its logits stand for.
+
+    Attributes:
+        weight: [V/TP, H], padding of the vocabulary included.
+        first: index in the vocabulary of the weight's first row.
+        vocabulary: size without padding; the padding has no probability, as sampling never draws
+            it.
+        temperature: of the law.
+        soft_cap: logits are capped to +- this (Gemma 2); 0 for none.
+        dtype: of the product with the weight: autocast's where that is on, else the weight's.
+    """
+
+    weight: Tensor
+    first: int
+    vocabulary: int
+    temperature: float
+    soft_cap: float
+    dtype: torch.dtype
+
+    @property
+    def columns(self) -> int:
+        """Rows of the weight that are no padding; there may be none."""
+        return min(max(self.vocabulary - self.first, 0), len(self.weight))
+
+    def with_weight(self, weight: Tensor) -> OutputLayer:
+        """The same layer with other values."""
+        return OutputLayer(
+            weight, self.first, self.vocabulary, self.temperature, self.soft_cap, self.dtype
+        )
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Tempered logits, float32 [n, columns], of hidden states [n, H]; to be changed freely."""
+        found = torch.matmul(states, self.weight[: self.columns].t()).float()
+        if self.soft_cap:
+            found.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
+        return found.div_(self.temperature)
+
+    def slope(self, logits: Tensor) -> Tensor | float:
+        """Derivative of a logit by the matrix product's output, from what `logits` returned."""
+        if not self.soft_cap:
+            return 1 / self.temperature
+        capped = (logits * (self.temperature / self.soft_cap)).square_()
+        return capped.neg_().add_(1).div_(self.temperature)
+
+    def place(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Which targets are in this rank's part, bool [n], and their columns (0 for the others)."""
+        column = targets - self.first
+        here = (column >= 0) & (column < self.columns)
+        return here, column.where(here, 0)
+
+    def chunks(self, positions: int) -> Iterator[slice]:
+        """Slices of the positions whose logits are held at a time; the same on all ranks."""
+        size = max(1, CHUNK_LOGITS // len(self.weight))
+        for start in range(0, positions, size):
+            yield slice(start, start + size)
+
+
+def target_log_probs(
+    states: Tensor, layer: OutputLayer, index: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of ``targets``, and of the likeliest token at the same positions.
+
+    Collective over tensor parallel; the same on all of its ranks. The first is differentiable in
+    ``states`` and in the layer's weight.
+
+    Args:
+        states: [positions, H], of ``layer.dtype``. The same on all tensor-parallel ranks; the
+            gradient is this rank's share and has to be summed over them (Megatron's
+            `copy_to_tensor_model_parallel_region` does, or the gathering of a sequence).
+        index: int64 [N], rows of ``states``, each at most once.
+        targets: int64 [N], tokens.
+
+    Returns:
+        float32 [N] each, in nats.
+    """
+    weight = layer.weight.to(layer.dtype)
+    return _TargetLogProbs.apply(states, weight, layer.with_weight(weight.detach()), index, targets)
+
+
+class _TargetLogProbs(torch.autograd.Function):
+    """See `target_log_probs`. Keeps references to what it is given, and the normaliser [N]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, weight: Tensor, layer: OutputLayer, index: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        peak, total, chosen = torch.zeros(3, len(index), device=states.device).unbind()
+        for rows in layer.chunks(len(index)):
+            if not layer.columns:
+                peak[rows] = -torch.inf
+                continue
+            logits = layer.logits(states.index_select(0, index[rows]))
+            here, column = layer.place(targets[rows])
+            chosen[rows] = logits.gather(1, column[:, None]).squeeze(1).where(here, 0.0)
+            peak[rows] = logits.amax(1)
+            total[rows] = logits.sub_(peak[rows, None]).exp_().sum(1)
+        top, both = _sum_over_ranks(peak, total, chosen)
+        norm = both[0].log()
+        log_probs = (both[1] - top - norm).where(targets < layer.vocabulary, -torch.inf)
+        ctx.layer = layer
+        ctx.save_for_backward(states, weight, index, targets, top + norm)
+        best = -norm
+        ctx.mark_non_differentiable(best)
+        return log_probs, best
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        states, weight, index, targets, normaliser = ctx.saved_tensors
+        layer = ctx.layer
+        grad_states = torch.zeros_like(states)
+        # fp32, as the chunks' shares are added up in it.
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        own = weight[: layer.columns]
+        for rows in layer.chunks(len(index)):
+            chunk = states.index_select(0, index[rows])
+            here, column = layer.place(targets[rows])
+            delta = _grad_logits(layer, chunk, here, column, normaliser[rows], gradient[rows])
+            grad_states.index_copy_(0, index[rows], delta @ own)
+            _add_product_(grad_weight[: layer.columns], delta.t(), chunk)
+        return grad_states, grad_weight.to(weight.dtype), None, None, None
+
+
+def _grad_logits(
+    layer: OutputLayer,
+    states: Tensor,
+    here: Tensor,
+    column: Tensor,
+    normaliser: Tensor,
+    gradient: Tensor,
+) -> Tensor:
+    """Gradient of the matrix product's output [n, columns], of its dtype."""
+    logits = layer.logits(states)
+    slope = layer.slope(logits)
+    delta = logits.sub_(normaliser[:, None]).exp_().mul_(-gradient[:, None])
+    if layer.columns:
+        delta.scatter_add_(1, column[:, None], gradient.where(here, 0.0)[:, None])
+    return delta.mul_(slope).to(layer.dtype)
+
+
+def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)
+
+
+def _sum_over_ranks(peak: Tensor, total: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """The whole vocabulary's largest logit [N]; sum of exp(logit - largest) and choice [2, N]."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    top = peak.clone()
+    torch.distributed.all_reduce(top, torch.distributed.ReduceOp.MAX, group=group)
+    both = torch.stack([total * (peak - top).exp(), chosen])
+    torch.distributed.all_reduce(both, group=group)
+    return top, both
+
+
+@dataclass(frozen=True)
+class FinalStates:
+    """Hidden states [N, H] of N positions, and the output layer they are meant for."""
+
+    states: Tensor
+    layer: OutputLayer
+
+    def log_probs(self, rows: slice) -> Tensor:
+        """Log pi over this rank's part of the vocabulary, float32 [n, columns]. Collective."""
+        group = parallel_state.get_tensor_model_parallel_group()
+        logits = self.layer.logits(self.states[rows])
+        top = logits.new_full(logits.shape[:1], -torch.inf)
+        if self.layer.columns:
+            torch.amax(logits, 1, out=top)
+        torch.distributed.all_reduce(top, torch.distributed.ReduceOp.MAX, group=group)
+        total = logits.sub_(top[:, None]).exp().sum(1)
+        torch.distributed.all_reduce(total, group=group)
+        return logits.sub_(total.log_()[:, None])
+
+
+@torch.no_grad()
+def exact_kl(policy: FinalStates, reference: FinalStates) -> Tensor:
+    """KL(policy || reference) at each position, float32 [N], in nats: the sum over the vocabulary.
+
+    Both hold the same positions. Collective over tensor parallel.
+    """
+    kl = torch.zeros(len(policy.states), device=policy.states.device)
+    for rows in policy.layer.chunks(len(kl)):
+        ours, theirs = policy.log_probs(rows), reference.log_probs(rows)
+        difference = theirs.neg_().add_(ours)
+        kl[rows] = ours.exp_().mul_(difference).sum(1)
+    torch.distributed.all_reduce(kl, group=parallel_state.get_tensor_model_parallel_group())
+    return kl
