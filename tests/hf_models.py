@@ -26,14 +26,29 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "mistral": {"model_type": "mistral", "head_dim": 32, "sliding_window": None},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True, "rope_theta": 1000000.0},
+    "qwen2_5": {  # rows that no token has
+        **{"model_type": "qwen2", "tie_word_embeddings": False, "vocab_size": VOCABULARY + 16},
+    },
     "gemma": {"model_type": "gemma", "num_key_value_heads": 1, "head_dim": 32},
+    "gemma_7b": {"model_type": "gemma", "num_key_value_heads": 4, "head_dim": 32},
     "gemma2": {
         **{"model_type": "gemma2", "num_key_value_heads": 2, "head_dim": 32},
         **{"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0, "sliding_window": 64},
-        "query_pre_attn_scalar": 24,
+        # NeMo 2.2.1's norms behind the projections have this epsilon, whatever it is here
+        **{"query_pre_attn_scalar": 24, "rms_norm_eps": 1e-5},
     },
 }
 """Name -> keys of its configuration over tiny sizes."""
+
+
+def expressible(family: str, tensor: int, pipeline: int) -> bool:
+    """Whether Megatron-core and NeMo 2.2.1 can build a family at a layout.
+
+    Not with fewer key-value heads than TP, nor Gemma 2 in stages (they look for its output layer on
+    each, megatron_gpt_model.py l.203).
+    """
+    heads = FAMILIES[family].get("num_key_value_heads", _SIZES["num_key_value_heads"])
+    return heads % tensor == 0 and (family != "gemma2" or pipeline == 1)
 
 
 def write_hf_model(

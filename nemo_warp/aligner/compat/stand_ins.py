@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from nemo_warp.aligner.compat import torch_adam
+from nemo_warp.aligner.compat.gemma2 import gemma2_layer_spec
 from nemo_warp.aligner.compat.norm import LayerNorm
 from nemo_warp.aligner.compat.replacements import Replacements
 
@@ -194,6 +195,8 @@ def local_layer_spec(spec_name: str, transformer_config: Any = None, *_: Any, **
     """
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
+    if spec_name == "megatron_gemma2":
+        return gemma2_layer_spec()
     if spec_name not in ("", "te_gpt"):
         raise ValueError(
             f"model.name={spec_name!r} needs Transformer Engine, which is not installed: run in "

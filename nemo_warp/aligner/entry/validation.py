@@ -171,6 +171,12 @@ def check_layout(model: dict[str, Any], config: Any, path: Path) -> None:
         _require_multiple(f"{name} of {path}", number, "model.tensor_model_parallel_size", tp)
     _require_multiple(f"num_layers of {path}", model.get("num_layers"),
                       "model.pipeline_model_parallel_size", pp)  # fmt: skip
+    if (model.get("mcore_customization_config") or {}).get("final_logit_softcapping") and pp > 1:
+        raise ValueError(
+            f"model.pipeline_model_parallel_size is {pp}, expected 1: the logits of {path} are "
+            "soft-capped (Gemma 2), and NeMo 2.2.1 looks for the output layer on every stage "
+            "(megatron_gpt_model.py l.203)"
+        )
     if ((model.get("peft") or {}).get("peft_scheme") or "none") != "none":
         raise ValueError(f"{path} holds an adapter (PEFT); merge it into the full model first")
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from nemo_aligner.utils.utils import load_and_override_model_config
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_warp.aligner.entry.engine import engine_batch_size, engine_directory
 from nemo_warp.aligner.entry.validation import max_prompt_tokens
+from nemo_warp.aligner.policy.stored_config import stored_config
 from nemo_warp.config import to_plain
 
 _DISTRIBUTED_ADAM = "distributed_fused_adam"
@@ -47,7 +47,7 @@ def nemo_config(
     longest = max_prompt_tokens(config, checkpoint)
     overrides = _model_overrides(plain, longest, global_batch_size, max_steps)
     with open_dict(tree):
-        tree.model = load_and_override_model_config(checkpoint, OmegaConf.create(overrides))
+        tree.model = stored_config(checkpoint, OmegaConf.create(overrides))
     return tree
 
 

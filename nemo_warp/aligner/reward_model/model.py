@@ -23,10 +23,11 @@ from nemo_aligner.utils.server_utils import (
     pad_batch_and_strip_sequence,
 )
 from nemo_aligner.utils.train_script_utils import init_distributed
-from nemo_aligner.utils.utils import load_and_override_model_config, load_from_nemo
+from nemo_aligner.utils.utils import load_from_nemo
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_warp.aligner.entry.job import job_size
+from nemo_warp.aligner.policy.stored_config import stored_config
 from nemo_warp.rewards.triton import answer, log
 
 _PAD_MULTIPLE = 64  # tokens; few distinct shapes, and a multiple of any tensor-parallel size
@@ -85,7 +86,7 @@ class RewardModelSetup:
             "use_distributed_sampler": False,
         }
         tree = OmegaConf.create({"trainer": trainer, "model": {}})
-        tree.model = load_and_override_model_config(str(self.path), OmegaConf.create(overrides))
+        tree.model = stored_config(str(self.path), OmegaConf.create(overrides))
         return tree
 
 

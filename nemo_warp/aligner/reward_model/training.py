@@ -20,9 +20,10 @@ from nemo_aligner.utils.train_script_utils import (
     init_distributed,
     init_using_ptl,
 )
-from nemo_aligner.utils.utils import load_and_override_model_config, load_from_nemo
+from nemo_aligner.utils.utils import load_from_nemo
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from nemo_warp.aligner.policy.stored_config import stored_config
 from nemo_warp.config import to_plain
 from nemo_warp.records import code_version, config_hash, hash_file, write_json_atomically
 
@@ -130,7 +131,7 @@ def _nemo_tree(config: Any) -> DictConfig:
     }
     overrides = OmegaConf.merge(model, plain["model"]["extra"])
     tree = OmegaConf.create({"trainer": trainer, "exp_manager": {}, "model": {}})
-    tree.model = load_and_override_model_config(plain["init"], overrides)
+    tree.model = stored_config(plain["init"], overrides)
     return tree
 
 

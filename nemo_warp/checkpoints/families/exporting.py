@@ -14,7 +14,13 @@ from nemo_warp.checkpoints.families.importing import ORIGIN
 from nemo_warp.checkpoints.families.publishing import new_folder
 from nemo_warp.checkpoints.families.streaming import Rows, check_complete, nbytes
 from nemo_warp.checkpoints.families.tensors import Joined, megatron_tensors, taken_apart
-from nemo_warp.checkpoints.families.tokenizer import FAST, PIECES, carried_files
+from nemo_warp.checkpoints.families.tokenizer import (
+    FAST,
+    PIECES,
+    carried_files,
+    stored_tokenizer,
+    write_files,
+)
 from nemo_warp.checkpoints.formats.safetensors import INDEX, SINGLE, make_header, read_hf_config
 from nemo_warp.checkpoints.io.reading import FileCache
 from nemo_warp.checkpoints.vocabulary import VOCABULARY_TENSORS
@@ -58,11 +64,7 @@ def export_hf(
         hf = {**hf, "torch_dtype": str(next(iter(dtypes))).removeprefix("torch.")}
     with new_folder(output) as folder:
         _write_weights(checkpoint, joined, folder, shard_bytes, progress)
-        for name, content in {**files, "config.json": hf}.items():
-            if isinstance(content, dict | list):
-                content = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-            data = content.encode() if isinstance(content, str) else content
-            (folder / name).write_bytes(data)
+        write_files(folder, {**files, "config.json": hf})
 
 
 def _origin(checkpoint: Checkpoint, like: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -81,23 +83,7 @@ def _origin(checkpoint: Checkpoint, like: Path | None) -> tuple[dict[str, Any], 
             f"{checkpoint.path} does not say which Hugging Face model it began as (it was not made "
             "by import_hf); pass --like with that model's folder"
         )
-    return origin["config"], {**_named(origin.get("files")), **_artifacts(checkpoint)}
-
-
-def _named(files: Any) -> dict[str, Any]:
-    """Files with plain names: a configuration can be anybody's."""
-    return {name: one for name, one in (files or {}).items() if Path(name).name == name}
-
-
-def _artifacts(checkpoint: Checkpoint) -> dict[str, bytes]:
-    found, section = {}, checkpoint.config.get("tokenizer") or {}
-    for reference in (section.get("model"), section.get("vocab_file")):
-        name = str(reference).removeprefix("nemo:")
-        if name in checkpoint.archive.members:
-            for kind in (PIECES, FAST):
-                if name.endswith(f"_{kind}"):
-                    found[kind] = checkpoint.archive.read(name)
-    return found
+    return origin["config"], stored_tokenizer(checkpoint.archive, checkpoint.config, origin)
 
 
 def _check_same_model(checkpoint: Checkpoint, keys: dict[str, Any], hf: dict[str, Any]) -> None:

@@ -35,6 +35,9 @@ _DEFAULTS = {
     **{"bias_dropout_add_fusion": True, "masked_softmax_fusion": True, "apply_rope_fusion": True},
     **{"gradient_accumulation_fusion": False, "persist_layer_norm": True},
     **{"gradient_as_bucket_view": True, "dist_ckpt_format": "torch_dist"},
+    **{"activations_checkpoint_granularity": None, "activations_checkpoint_method": None},
+    **{"activations_checkpoint_num_layers": None},
+    **{"activations_checkpoint_layers_per_pipeline": None},
     # Transformer Engine asks for states of its own (_extra_state), which only it can make and
     # which are empty without fp8; every weight was checked when it was imported.
     **{"dist_ckpt_load_strictness": "log_all", "normalize_attention_scores": True},

@@ -11,7 +11,8 @@ from nemo_warp.checkpoints.containers.archive import Archive
 from nemo_warp.checkpoints.vocabulary import count_pieces
 
 PIECES, FAST, SETTINGS = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
-CARRIED = (SETTINGS, "special_tokens_map.json", "generation_config.json", "added_tokens.json")
+_ADDED = "added_tokens.json"
+CARRIED = (SETTINGS, "special_tokens_map.json", "generation_config.json", _ADDED)
 """Small JSON files that travel inside ``model_config.yaml``, which every save keeps."""
 
 _LEAST = 0.75
@@ -38,7 +39,7 @@ def tokenizer_section(archive: Archive, vocabulary: int) -> tuple[dict[str, Any]
     artifacts = {f"{hashlib.sha256(data).hexdigest()[:32]}_{n}": data for n, data in found.items()}
     names = {name.partition("_")[2]: f"nemo:{name}" for name in artifacts}
     section = {"type": None, "vocab_file": None, "merge_file": None, "sentencepiece_legacy": False}
-    if PIECES in names:
+    if PIECES in names and not _adds_tokens(archive, found):
         return section | {
             **{"library": "sentencepiece", "model": names[PIECES], "vocab_file": names.get(FAST)}
         }, artifacts
@@ -46,6 +47,37 @@ def tokenizer_section(archive: Archive, vocabulary: int) -> tuple[dict[str, Any]
     return section | {
         **{"library": "huggingface", "type": folder, "model": names[FAST], "use_fast": True}
     }, artifacts
+
+
+def stored_tokenizer(archive: Archive, config: dict[str, Any], origin: Any) -> dict[str, Any]:
+    """Files of the tokenizer that a ``.nemo`` of ours holds: name -> bytes, parsed JSON or text.
+
+    Args:
+        archive: the ``.nemo``.
+        config: its ``model_config.yaml``.
+        origin: what the import left in it; None of any other checkpoint.
+    """
+    found: dict[str, Any] = {}
+    files = origin.get("files") if isinstance(origin, dict) else None
+    for name, content in (files if isinstance(files, dict) else {}).items():
+        if Path(name).name == name:  # a configuration can be anybody's
+            found[name] = content
+    section = config.get("tokenizer") or {}
+    for reference in (section.get("model"), section.get("vocab_file")):
+        name = str(reference).removeprefix("nemo:")
+        for kind in (PIECES, FAST):
+            if name in archive.members and name.endswith(f"_{kind}"):
+                found[kind] = archive.read(name)
+    return found
+
+
+def write_files(folder: Path, files: dict[str, Any]) -> None:
+    """Write files of a Hugging Face folder: bytes, text, or what becomes JSON."""
+    for name, content in files.items():
+        if isinstance(content, dict | list):
+            content = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        data = content.encode() if isinstance(content, str) else content
+        (folder / name).write_bytes(data)
 
 
 def carried_files(archive: Archive) -> dict[str, Any]:
@@ -72,6 +104,26 @@ def _check_size(archive: Archive, found: dict[str, bytes], vocabulary: int) -> N
         )
     if FAST in found and SETTINGS in archive.members:
         _check_bos(archive, json.loads(found[FAST]))
+
+
+def _adds_tokens(archive: Archive, found: dict[str, bytes]) -> bool:
+    """Whether a model has tokens beyond its SentencePiece pieces, which only tokenizer.json knows.
+
+    Raises:
+        ValueError: it has them, and no tokenizer.json.
+    """
+    pieces = count_pieces(found[PIECES])
+    if FAST in found:
+        return _tokens(found[FAST]) > pieces
+    added = json.loads(archive.read(_ADDED)) if _ADDED in archive.members else {}
+    beyond = sorted(token for token, number in added.items() if number >= pieces)
+    if beyond:
+        raise ValueError(
+            f"{archive.path}: {', '.join(beyond[:3])} (of {_ADDED}) are not among the {pieces} "
+            f"pieces of {PIECES}, and there is no {FAST}; save the tokenizer with transformers' "
+            "fast class, which writes one"
+        )
+    return False
 
 
 def _tokens(fast: bytes) -> int:

@@ -90,6 +90,11 @@ def test_refused(files, tmp_path, override, message):
         (Layout(tensor=4), {}, r"num_query_groups of .*sft.nemo is 2.*tensor_model_parallel_size"),
         (Layout(pipeline=3), {}, r"num_layers of .*sft.nemo is 4.*pipeline_model_parallel_size"),
         (Layout(), {"peft": {"peft_scheme": "lora"}}, "holds an adapter"),
+        (
+            Layout(pipeline=2),
+            {"mcore_customization_config": {"final_logit_softcapping": 30.0}},
+            "looks for the output layer on every stage",
+        ),
     ],
 )
 def test_layout_that_does_not_divide_the_model(files, tmp_path, layout, changes, message):

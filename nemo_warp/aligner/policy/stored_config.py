@@ -1,0 +1,91 @@
+"""A checkpoint's own NeMo configuration, such that this machine can build the model.
+
+Imports NeMo: after `compat.activate`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from nemo_aligner.utils.utils import load_and_override_model_config
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from nemo_warp.aligner.compat.kernels import absent_kernels
+from nemo_warp.checkpoints.containers.archive import open_archive
+from nemo_warp.checkpoints.errors import CheckpointError
+from nemo_warp.checkpoints.families.importing import ORIGIN
+from nemo_warp.checkpoints.families.tokenizer import FAST, stored_tokenizer, write_files
+
+_READ_ALWAYS = dict.fromkeys(
+    f"activations_checkpoint_{name}"
+    for name in ("granularity", "method", "num_layers", "layers_per_pipeline")
+)
+"""Keys that NeMo reads without a default when it generates (megatron_gpt_model.py l.2114)."""
+
+
+def stored_config(checkpoint: str, overrides: DictConfig) -> DictConfig:
+    """The configuration of a ``.nemo`` under overrides.
+
+    Kernels that are not installed are switched off below the overrides, and a Hugging Face
+    tokenizer is the one inside the ``.nemo``, where there is one.
+
+    Raises:
+        ValueError: the tokenizer is only named, and cannot be had.
+    """
+    below = dict.fromkeys(absent_kernels(), False)
+    config = load_and_override_model_config(checkpoint, OmegaConf.merge(below, overrides))
+    config = OmegaConf.merge(_READ_ALWAYS, config)
+    tokenizer = config.get("tokenizer")
+    given = OmegaConf.select(overrides, "tokenizer.type")
+    if tokenizer is not None and tokenizer.get("library") == "huggingface":
+        folder = None if given else unpacked_tokenizer(Path(checkpoint))
+        with open_dict(config):
+            tokenizer.type = str(folder) if folder else tokenizer.get("type")
+        if folder is None:
+            _check_name(str(tokenizer.type), checkpoint)
+    return config
+
+
+def unpacked_tokenizer(checkpoint: Path) -> Path | None:
+    """A folder with the Hugging Face tokenizer of a ``.nemo``; it goes with the process.
+
+    NeMo loads such tokenizers by name or folder only (tokenizer_utils.py, get_nmt_tokenizer).
+    None if the ``.nemo`` holds none.
+    """
+    try:
+        archive = open_archive(checkpoint)
+        config = _configuration(checkpoint)
+        files = stored_tokenizer(archive, config, config.get(ORIGIN))
+    except CheckpointError:
+        return None
+    if FAST not in files:
+        return None
+    folder = Path(tempfile.mkdtemp(prefix="nemo-warp-tokenizer-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    write_files(folder, files)
+    return folder
+
+
+def _configuration(checkpoint: Path) -> dict[str, Any]:
+    from nemo_warp.aligner.entry.validation import read_model_config
+
+    return read_model_config(checkpoint)
+
+
+def _check_name(name: str, checkpoint: str) -> None:
+    """Raise where NeMo would, with one sentence instead of a page."""
+    from transformers import AutoTokenizer
+
+    try:
+        AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # whatever its files, the hub and the network may do
+        said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"the tokenizer of {checkpoint} is {name!r} of Hugging Face, which cannot be loaded "
+            f"here ({said}); download it where there is a network, and set "
+            "model.extra.tokenizer.type to its folder"
+        ) from None
