@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 
-def read_prompts(path: Path, key: str) -> list[str]:
-    """Texts under ``key`` of a JSON-lines file, one per line that is not empty.
+@dataclass(frozen=True)
+class PromptLine:
+    """A line of a prompts file.
+
+    Attributes:
+        text: the prompt.
+        fields: what else the line says of it (``answer``, ``tests``, ``language``, ...), as JSON
+            values; rewards take them by name.
+    """
+
+    text: str
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+def read_prompts(path: Path, key: str) -> list[PromptLine]:
+    """Prompts of a JSON-lines file, their texts under ``key``; one per line that is not empty.
 
     Lines end at a line feed only (a text may hold U+2028); a byte order mark at the beginning is
     left out.
@@ -18,27 +33,29 @@ def read_prompts(path: Path, key: str) -> list[str]:
     """
     if not path.is_file():
         raise ValueError(f"no prompts file {path}")
-    texts = []
+    prompts = []
     for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         if line.strip():
-            texts.append(_text(line, key, f"{path} line {number}"))
-    if not texts:
+            prompts.append(_prompt(line, key, f"{path} line {number}"))
+    if not prompts:
         raise ValueError(f"{path} holds no prompts; expected lines such as {{'{key}': 'text'}}")
-    return texts
+    return prompts
 
 
-def _text(line: bytes, key: str, where: str) -> str:
+def _prompt(line: bytes, key: str, where: str) -> PromptLine:
     record = _record(line, where)
     text = record.get(key) if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise ValueError(f"{where} has no text under '{key}'; set prompts.key or mend the line")
     if not text.strip():
         raise ValueError(f"{where} has a blank text under '{key}'; remove the line")
+    fields = {name: value for name, value in record.items() if name != key}
     try:
         text.encode()
+        json.dumps(fields, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise ValueError(f"{where} holds half of a surrogate pair, which is no character") from None
-    return text
+    return PromptLine(text, fields)
 
 
 def _record(line: bytes, where: str) -> Any:

@@ -29,7 +29,7 @@ from nemo_warp.config import (
     require_complete,
     to_plain,
 )
-from nemo_warp.prompts import read_prompts
+from nemo_warp.prompts import PromptLine, read_prompts
 
 _MEMBER_SECTIONS = ("rollout", "algorithm", "reward_client", "evaluation", "trainer", "model")
 
@@ -49,12 +49,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parsed = parser.parse_args(arguments)
 
-    def check() -> tuple[DictConfig, Path, list[str]]:
+    def check() -> tuple[DictConfig, Path, list[PromptLine]]:
         config = load_evaluation(parsed.config, parsed.overrides)
         texts = check_evaluation(config)
         return config, Path(config.directory), texts
 
-    def work(config: DictConfig, texts: list[str]) -> int:
+    def work(config: DictConfig, texts: list[PromptLine]) -> int:
         from nemo_warp.aligner.evaluation.front import measure_front
 
         return measure_front(config, texts)
@@ -74,8 +74,8 @@ def load_evaluation(path: Path, overrides: list[str]) -> DictConfig:
     return config
 
 
-def check_evaluation(config: DictConfig) -> list[str]:
-    """Refuse what cannot work; returns the texts of the held-out prompts in use.
+def check_evaluation(config: DictConfig) -> list[PromptLine]:
+    """Refuse what cannot work; returns the held-out prompts in use.
 
     Raises:
         ValueError: with one clear sentence.

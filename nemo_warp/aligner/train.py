@@ -16,7 +16,7 @@ from nemo_warp import exit_codes
 from nemo_warp.aligner.entry.frame import run_once
 from nemo_warp.aligner.entry.validation import max_prompt_tokens, validate_member
 from nemo_warp.config import CONF_DIRECTORY, check_resolved, load_config, require_complete
-from nemo_warp.prompts import read_prompts
+from nemo_warp.prompts import PromptLine, read_prompts
 
 _EPILOG = f"""\
 run it under srun or torchrun, one process per device:
@@ -48,12 +48,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parsed = parser.parse_args(arguments)
 
-    def check() -> tuple[Any, Path, dict[str, list[str]]]:
+    def check() -> tuple[Any, Path, dict[str, list[PromptLine]]]:
         config = load_config(CONF_DIRECTORY / "member.yaml", parsed.config, parsed.overrides)
         prompts = check_member(config)
         return config, Path(config.run.directory), prompts
 
-    def work(config: Any, prompts: dict[str, list[str]]) -> int:
+    def work(config: Any, prompts: dict[str, list[PromptLine]]) -> int:
         from nemo_warp.aligner.member.run import run_member
 
         return run_member(config, prompts, started)
@@ -61,8 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
     return run_once(check, work)
 
 
-def check_member(config: Any) -> dict[str, list[str]]:
-    """Refuse what cannot work; returns the texts of the ``train`` and ``heldout`` prompts.
+def check_member(config: Any) -> dict[str, list[PromptLine]]:
+    """Refuse what cannot work; returns the ``train`` and ``heldout`` prompts.
 
     Raises:
         ValueError: with one clear sentence.

@@ -8,24 +8,28 @@ from __future__ import annotations
 
 import logging
 import random
+import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nemo_warp.rewards.endpoint import Endpoint, served_name
-from nemo_warp.rewards.errors import RewardError
+from nemo_warp.rewards.errors import RewardError, RewardTimeoutError
 from nemo_warp.rewards.scores import RewardScores
 from nemo_warp.rewards.settings import RewardClientSettings
-from nemo_warp.rewards.wire import check_ready, infer
+from nemo_warp.rewards.wire import Reply, Sample, check_ready, infer, problem_of
 
 log = logging.getLogger("nemo_warp.rewards")
 
 _MAX_BACKOFF_S = 60.0
 _CONNECT_POLL_S = 0.5
 _PROGRESS_S = 15.0
+_TURN_TIMEOUT_S = 5.0
 
 
 class RewardFuture:
@@ -81,6 +85,8 @@ class RewardClient:
         self.name = name
         self.run_id = run_id
         self.fingerprint = fingerprint
+        self.needs: tuple[str, ...] = ()  # known once connected
+        self._portion = self.settings.batch_size
         self._closing = threading.Event()
         self._pool = ThreadPoolExecutor(
             self.settings.in_flight, thread_name_prefix=f"reward-{name}"
@@ -110,24 +116,46 @@ class RewardClient:
             time.sleep(_CONNECT_POLL_S)
         endpoint.check_identity(self.run_id, self.fingerprint)
         self.run_id, self.fingerprint = endpoint.run_id, endpoint.fingerprint
+        self.needs = endpoint.needs
         log.info("reward %s: %s at %s", self.name, endpoint.model_name, endpoint.address)
         return endpoint
 
-    def submit(self, prompts: Sequence[str], responses: Sequence[str]) -> RewardFuture:
-        """Send samples to be scored; returns at once."""
+    def submit(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        fields: Sequence[Mapping[str, Any]] | None = None,
+    ) -> RewardFuture:
+        """Send samples to be scored; returns at once.
+
+        Args:
+            prompts, responses: N texts each.
+            fields: what else is known of each prompt, for rewards that take it by name.
+        """
         if len(prompts) != len(responses):
             raise ValueError(f"{len(prompts)} prompts but {len(responses)} responses")
+        given = [{}] * len(prompts) if fields is None else fields
+        if len(given) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts but fields of {len(given)}")
+        samples = [
+            Sample(prompt, response, more, secrets.randbits(63))
+            for prompt, response, more in zip(prompts, responses, given, strict=True)
+        ]
         size = self.settings.batch_size
-        batches = (
-            (list(prompts[start : start + size]), list(responses[start : start + size]))
-            for start in range(0, len(prompts), size)
-        )
-        pending: list[Future] = [self._pool.submit(self._score, *batch) for batch in batches]
+        pending: list[Future] = [
+            self._pool.submit(self._score, samples[start : start + size])
+            for start in range(0, len(samples), size)
+        ]
         return RewardFuture(pending, RewardScores.joined)
 
-    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> RewardScores:
+    def score(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        fields: Sequence[Mapping[str, Any]] | None = None,
+    ) -> RewardScores:
         """`submit` and wait."""
-        return self.submit(prompts, responses).result()
+        return self.submit(prompts, responses, fields).result()
 
     def close(self) -> None:
         """Give up what has not been sent; a request under way still ends or times out."""
@@ -145,32 +173,90 @@ class RewardClient:
             return None, str(error)
         return endpoint, ""
 
-    def _score(self, prompts: list[str], responses: list[str]) -> RewardScores:
-        """One batch, with retries; a failure to the end is every sample's failure."""
-        reason = "the client was closed"
-        for attempt in range(self.settings.retries + 1):
-            if attempt and self._closing.wait(self._backoff(attempt)):
-                break
+    def _score(self, samples: list[Sample]) -> RewardScores:
+        """One batch: what was scored is kept, and only the rest asked for again."""
+        found = _Found(samples)
+        failures = 0
+        while left := found.left(self._portion):
             try:
-                return self._attempt(prompts, responses)
-            except UnicodeError as error:
-                return RewardScores.all_failed(len(prompts), f"not a text: {error}")
+                reply = self._attempt([samples[place] for place in left])
             except RewardError as error:
-                reason = str(error)
-            log.warning("reward %s: attempt %d failed: %s", self.name, attempt + 1, reason)
-        return RewardScores.all_failed(len(prompts), reason)
+                failures += 1
+                log.warning("reward %s: attempt %d failed: %s", self.name, failures, error)
+                self._after_failure(error, len(left))
+                if failures > self.settings.retries:
+                    found.give_up(str(error))
+                elif self._closing.wait(self._backoff(failures)):
+                    found.give_up("the client was closed")
+                continue
+            failures = 0
+            found.keep(left, reply, self._patience())
+            self._portion = min(self.settings.batch_size, 2 * self._portion)
+            if self._closing.is_set():
+                found.give_up("the client was closed")
+        return found.scores()
 
-    def _attempt(self, prompts: list[str], responses: list[str]) -> RewardScores:
+    def _patience(self) -> tuple[float, str]:
+        """How long a sample may make no way, and what is said of it then."""
+        settings = self.settings
+        limit = settings.request_timeout_s * (settings.retries + 1)
+        told = f"the reward did not answer in {settings.request_timeout_s:g} s"
+        return (
+            limit,
+            f"{told}, nor in {settings.retries} times that again" if settings.retries else told,
+        )
+
+    def _after_failure(self, error: RewardError, asked: int) -> None:
+        """What did not fit the deadline is asked for in smaller portions."""
+        if isinstance(error, RewardTimeoutError):
+            self._portion = max(1, asked // 2)
+
+    def _attempt(self, samples: list[Sample]) -> Reply:
         endpoint = Endpoint.read(self.endpoint_file)
         if endpoint is None:
             raise RewardError(f"its server has stopped: there is no {self.endpoint_file}")
         endpoint.check_identity(self.run_id, self.fingerprint)
-        return infer(endpoint, prompts, responses, self.settings.request_timeout_s)
+        timeout = self.settings.request_timeout_s
+        # A server that knows keys answers within its turn, however long the callable takes.
+        keyed = "keys" in endpoint.inputs
+        return infer(endpoint, samples, max(timeout, _TURN_TIMEOUT_S) if keyed else timeout)
 
     def _backoff(self, attempt: int) -> float:
         wait = min(_MAX_BACKOFF_S, self.settings.backoff_s * 2 ** (attempt - 1))
         return wait * random.uniform(0.5, 1.5)
 
 
-def _left(deadline: float | None) -> float | None:
-    return None if deadline is None else max(0.0, deadline - time.monotonic())
+class _Found:
+    """What is known of the samples of a batch so far."""
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self._values = np.full(len(samples), np.nan)
+        self._reasons = [problem_of(sample) for sample in samples]
+        self._left = [place for place, reason in enumerate(self._reasons) if not reason]
+
+    def left(self, portion: int) -> list[int]:
+        """The next places to ask for."""
+        return self._left[:portion]
+
+    def keep(self, places: list[int], reply: Reply, patience: tuple[float, str]) -> None:
+        """Take what is finished, and fail what has made no way for too long."""
+        limit, told = patience
+        for row, place in enumerate(places):
+            if reply.stalled[row] < 0:
+                self._values[place] = reply.scores.scores[row]
+                self._reasons[place] = reply.scores.reasons[row]
+            elif reply.stalled[row] > limit:
+                self._reasons[place] = told
+        waiting = {place for row, place in enumerate(places) if 0 <= reply.stalled[row] <= limit}
+        asked = set(places)
+        self._left = [place for place in self._left if place not in asked or place in waiting]
+
+    def give_up(self, reason: str) -> None:
+        """Fail the rest."""
+        for place in self._left:
+            self._reasons[place] = reason
+        self._left = []
+
+    def scores(self) -> RewardScores:
+        """Of the whole batch."""
+        return RewardScores.of(self._values, self._reasons)

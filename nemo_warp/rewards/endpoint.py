@@ -13,6 +13,7 @@ import os
 import socket
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from nemo_warp.records import write_json_atomically
 from nemo_warp.rewards.errors import RewardError
@@ -45,6 +46,10 @@ class Endpoint:
         fingerprint: SHA-256 (hex) of what decides its scores.
         run_id: the run it was started for.
         pid, node: the process to look for when it misbehaves.
+        inputs: names of what it takes, see `nemo_warp.rewards.triton`; servers of earlier versions
+            do not say.
+        needs: fields that every prompt must have.
+        takes: fields that it does something with; None is all.
     """
 
     host: str
@@ -54,6 +59,9 @@ class Endpoint:
     run_id: str
     pid: int
     node: str
+    inputs: tuple[str, ...] = ("sentences", "prompt_lengths")
+    needs: tuple[str, ...] = ()
+    takes: tuple[str, ...] | None = ()
 
     @property
     def address(self) -> str:
@@ -61,10 +69,12 @@ class Endpoint:
         return f"{self.host}:{self.port}"
 
     @classmethod
-    def of_this_process(cls, host: str, port: int, run_id: str, fingerprint: str) -> Endpoint:
+    def of_this_process(
+        cls, host: str, port: int, run_id: str, fingerprint: str, **more: Any
+    ) -> Endpoint:
         """The endpoint of a server inside the calling process."""
         name = served_name(run_id, fingerprint)
-        return cls(host, port, name, fingerprint, run_id, os.getpid(), socket.gethostname())
+        return cls(host, port, name, fingerprint, run_id, os.getpid(), socket.gethostname(), **more)
 
     @classmethod
     def read(cls, path: Path) -> Endpoint | None:
@@ -75,7 +85,8 @@ class Endpoint:
         """
         try:
             raw = json.loads(path.read_text())
-            return cls(**{field.name: raw[field.name] for field in fields(cls)})
+            values = {field.name: raw[field.name] for field in fields(cls) if field.name in raw}
+            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, KeyError) as error:

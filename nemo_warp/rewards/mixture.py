@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nemo_warp.rewards.client import RewardClient, RewardFuture
+from nemo_warp.rewards.errors import RewardError
 from nemo_warp.rewards.scores import RewardScores, weighted_sum
 from nemo_warp.rewards.settings import RewardClientSettings, check_rewards
 
@@ -53,17 +54,47 @@ class RewardMixture:
         for client in self.clients:
             client.connect()
 
-    def submit(self, prompts: Sequence[str], responses: Sequence[str]) -> RewardFuture:
-        """Send samples to every reward; returns at once."""
+    def check_fields(self, fields: Sequence[Mapping[str, Any]], source: str) -> None:
+        """Refuse prompts that lack a field which a reward takes; after `connect`.
+
+        Args:
+            fields: of each prompt.
+            source: the prompts' file.
+
+        Raises:
+            RewardError: names the reward, the field and the prompt.
+        """
+        for client in self.clients:
+            for name in client.needs:
+                lacking = [number for number, one in enumerate(fields, 1) if name not in one]
+                if lacking:
+                    raise RewardError(
+                        f"reward '{client.name}' takes the field '{name}' of every prompt, but in "
+                        f"{source} {len(lacking)} of {len(fields)} have none (the first: prompt "
+                        f"{lacking[0]}); add it to their lines, or give it as an option"
+                    )
+
+    def submit(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        fields: Sequence[Mapping[str, Any]] | None = None,
+    ) -> RewardFuture:
+        """Send samples to every reward; returns at once. See `RewardClient.submit`."""
         names = list(self.weights)
         return RewardFuture(
-            [client.submit(prompts, responses) for client in self.clients],
+            [client.submit(prompts, responses, fields) for client in self.clients],
             lambda parts: weighted_sum(dict(zip(names, parts, strict=True)), self.weights),
         )
 
-    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> RewardScores:
+    def score(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        fields: Sequence[Mapping[str, Any]] | None = None,
+    ) -> RewardScores:
         """`submit` and wait."""
-        return self.submit(prompts, responses).result()
+        return self.submit(prompts, responses, fields).result()
 
     def close(self) -> None:
         """Close every client."""

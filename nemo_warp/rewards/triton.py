@@ -4,10 +4,16 @@ Protocol (model inputs and outputs, batch first):
 
     sentences         bytes   [B, 1]  prompt and response as one UTF-8 text
     prompt_lengths    int64   [B, 1]  optional, ours: how many characters of it are the prompt
+    fields            bytes   [B, 1]  optional, ours: what else the prompt's line says, JSON
+    keys              int64   [B, 1]  optional, ours: what the client calls these samples. With them
+                                      the answer comes at once, with what has been scored by then;
+                                      asking again with the same keys gives the rest
     tokens            int64   [B, S]  instead of sentences, where the reward is a model
     sequence_lengths  int64   [B, 1]  with tokens
     rewards           float32 [B, 1]  NaN where a sample could not be scored
     reasons           bytes   [B, 1]  ours: why not; empty where it was scored
+    stalled           float32 [B, 1]  ours, with keys: seconds for which an unfinished sample has
+                                      made no way; negative where it is finished
 
 The names, types and shapes are those of NeMo-Aligner 0.7.0 (algorithms/reward_server.py:61-66), so
 its own client works here; what is marked "ours" it neither sends nor reads.
@@ -61,6 +67,8 @@ class Serving:
         host: address to listen on; 0.0.0.0 listens on all and announces the node's name.
         port: 0 chooses a free one.
         token_inputs: also take ``tokens`` and ``sequence_lengths``.
+        keyed: take ``fields`` and ``keys``.
+        needs, takes: see `Endpoint`.
     """
 
     run_id: str
@@ -69,6 +77,9 @@ class Serving:
     host: str = "127.0.0.1"
     port: int = 0
     token_inputs: bool = False
+    keyed: bool = False
+    needs: tuple[str, ...] = ()
+    takes: tuple[str, ...] | None = ()
 
     def __post_init__(self) -> None:
         served_name(self.run_id, self.fingerprint)
@@ -76,19 +87,32 @@ class Serving:
             raise ValueError(f"port must be 0 (choose a free one) to 65535, got {self.port}")
 
 
-def answer(scores: np.ndarray, reasons: list[str]) -> dict[str, np.ndarray]:
+def answer(
+    scores: np.ndarray, reasons: list[str], stalled: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
     """The outputs of the protocol from scores [B] (float32, NaN = failed) and reasons."""
     encoded = np.array([reason.encode() for reason in reasons], dtype=np.object_)
-    return {"rewards": scores.reshape(-1, 1).astype(np.float32), "reasons": encoded.reshape(-1, 1)}
+    seconds = np.full(len(reasons), -1.0) if stalled is None else stalled
+    return {
+        "rewards": scores.reshape(-1, 1).astype(np.float32),
+        "reasons": encoded.reshape(-1, 1),
+        "stalled": seconds.reshape(-1, 1).astype(np.float32),
+    }
 
 
-def serve(infer: Infer, serving: Serving, broken: threading.Event | None = None) -> None:
+def serve(
+    infer: Infer,
+    serving: Serving,
+    broken: threading.Event | None = None,
+    on_stop: Callable[[], None] | None = None,
+) -> None:
     """Serve until SIGTERM or SIGINT, in the main thread. The endpoint file exists meanwhile.
 
     Args:
         infer: answers one batch; called in another thread, one call at a time.
         serving: where, as whom.
         broken: set by ``infer`` when it can answer no more.
+        on_stop: called when the server is to end: ``infer`` must then return soon.
 
     Raises:
         RewardError: the server did not start, ended by itself, or is broken.
@@ -96,7 +120,15 @@ def serve(infer: Infer, serving: Serving, broken: threading.Event | None = None)
     stop, broken = threading.Event(), broken or threading.Event()
     with _stopping_on_signals(stop), _started(infer, serving) as (triton, port):
         host = socket.gethostname() if serving.host == _ANY_ADDRESS else serving.host
-        endpoint = Endpoint.of_this_process(host, port, serving.run_id, serving.fingerprint)
+        endpoint = Endpoint.of_this_process(
+            host,
+            port,
+            serving.run_id,
+            serving.fingerprint,
+            inputs=tuple(tensor.name for tensor in _inputs(serving)),
+            needs=serving.needs,
+            takes=serving.takes,
+        )
         serving.endpoint_file.parent.mkdir(parents=True, exist_ok=True)
         endpoint.write(serving.endpoint_file)
         log.info("ready at %s:%d as %s", host, port, endpoint.model_name)
@@ -111,6 +143,8 @@ def serve(infer: Infer, serving: Serving, broken: threading.Event | None = None)
         finally:
             endpoint.withdraw(serving.endpoint_file)
             log.info("stopping")
+            if on_stop is not None:
+                on_stop()
 
 
 @contextmanager
@@ -166,7 +200,7 @@ def _prepared(infer: Infer, serving: Serving, port: int, workspace: Path) -> Any
     triton.bind(
         model_name=served_name(serving.run_id, serving.fingerprint),
         infer_func=_batched(infer),
-        inputs=_inputs(serving.token_inputs),
+        inputs=_inputs(serving),
         outputs=_outputs(),
         config=ModelConfig(
             max_batch_size=_MAX_BATCH,
@@ -203,14 +237,19 @@ def _batched(infer: Infer) -> Any:
     return group_by_keys(batch(lambda **inputs: infer(**inputs)))
 
 
-def _inputs(token_inputs: bool) -> list[Any]:
+def _inputs(serving: Serving) -> list[Any]:
     from pytriton.model_config import Tensor
 
     text = [
-        Tensor(name="sentences", shape=(1,), dtype=bytes, optional=token_inputs),
+        Tensor(name="sentences", shape=(1,), dtype=bytes, optional=serving.token_inputs),
         Tensor(name="prompt_lengths", shape=(1,), dtype=np.int64, optional=True),
     ]
-    if not token_inputs:
+    if serving.keyed:
+        text += [
+            Tensor(name="fields", shape=(1,), dtype=bytes, optional=True),
+            Tensor(name="keys", shape=(1,), dtype=np.int64, optional=True),
+        ]
+    if not serving.token_inputs:
         return text
     return [
         *text,
@@ -225,6 +264,7 @@ def _outputs() -> list[Any]:
     return [
         Tensor(name="rewards", shape=(1,), dtype=np.float32),
         Tensor(name="reasons", shape=(1,), dtype=bytes),
+        Tensor(name="stalled", shape=(1,), dtype=np.float32),
     ]
 
 

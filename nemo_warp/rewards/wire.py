@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from http.client import HTTPException
 from typing import Any
 
 import numpy as np
 
 from nemo_warp.rewards.endpoint import Endpoint
-from nemo_warp.rewards.errors import RewardError
+from nemo_warp.rewards.errors import RewardError, RewardTimeoutError
 from nemo_warp.rewards.scores import RewardScores
 
 _CONNECT_TIMEOUT_S = 10.0
@@ -42,33 +44,87 @@ def check_ready(endpoint: Endpoint) -> None:
         raise RewardError(f"the server at {endpoint.address} does not serve {endpoint.model_name}")
 
 
-def infer(
-    endpoint: Endpoint, prompts: list[str], responses: list[str], timeout_s: float
-) -> RewardScores:
-    """Score one batch.
+@dataclass(frozen=True)
+class Sample:
+    """A text to be scored.
+
+    Attributes:
+        prompt, response: the text.
+        fields: what else the prompt's line says.
+        key: what the client calls it, unlike any other (63 bits).
+    """
+
+    prompt: str
+    response: str
+    fields: Mapping[str, Any]
+    key: int
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A server's answer.
+
+    Attributes:
+        scores: of all samples; what is unfinished has failed in it.
+        stalled: seconds [N] for which an unfinished sample has made no way; negative where it is
+            finished.
+    """
+
+    scores: RewardScores
+    stalled: np.ndarray
+
+
+def infer(endpoint: Endpoint, samples: Sequence[Sample], timeout_s: float) -> Reply:
+    """Ask about one batch, with as much as the server understands.
 
     Raises:
-        RewardError: no answer within ``timeout_s``, or not one to this question.
+        RewardTimeoutError: no answer within ``timeout_s``.
+        RewardError: no answer, or not one to this question.
     """
     from tritonclient.http import InferInput
 
-    texts = [(p + r).encode() for p, r in zip(prompts, responses, strict=True)]
-    sentences = InferInput("sentences", [len(texts), 1], "BYTES")
-    sentences.set_data_from_numpy(np.array(texts, np.object_).reshape(-1, 1))
-    lengths = InferInput("prompt_lengths", [len(texts), 1], "INT64")
-    lengths.set_data_from_numpy(np.array([[len(prompt)] for prompt in prompts], np.int64))
+    columns = {
+        "sentences": ("BYTES", [(s.prompt + s.response).encode() for s in samples]),
+        "prompt_lengths": ("INT64", [len(s.prompt) for s in samples]),
+        "fields": ("BYTES", [_taken(s.fields, endpoint.takes) for s in samples]),
+        "keys": ("INT64", [s.key for s in samples]),
+    }
+    inputs = []
+    for name in columns.keys() & {"sentences", "prompt_lengths", *endpoint.inputs}:
+        kind, values = columns[name]
+        tensor = InferInput(name, [len(values), 1], kind)
+        dtype = np.object_ if kind == "BYTES" else np.int64
+        tensor.set_data_from_numpy(np.array(values, dtype).reshape(-1, 1))
+        inputs.append(tensor)
     with _connected(endpoint, timeout_s) as connection:
-        result = connection.infer(endpoint.model_name, [sentences, lengths])
-        return _scores_in(result, len(texts))
+        return _reply(connection.infer(endpoint.model_name, inputs), len(samples))
 
 
-def _scores_in(result: Any, num_samples: int) -> RewardScores:
-    values, reasons = result.as_numpy("rewards"), result.as_numpy("reasons")
+def problem_of(sample: Sample) -> str:
+    """Why a sample cannot be sent; "" if it can."""
+    try:
+        (sample.prompt + sample.response).encode()
+        json.dumps(sample.fields)
+    except UnicodeError as error:
+        return f"not a text: {error}"
+    except (TypeError, ValueError, RecursionError) as error:
+        return f"the fields of its prompt are no JSON: {error}"
+    return ""
+
+
+def _taken(fields: Mapping[str, Any], names: Sequence[str] | None) -> bytes:
+    kept = fields if names is None else {n: fields[n] for n in names if n in fields}
+    return json.dumps(kept).encode()
+
+
+def _reply(result: Any, num_samples: int) -> Reply:
+    values, reasons, stalled = map(result.as_numpy, ("rewards", "reasons", "stalled"))
     if values is None or values.shape != (num_samples, 1):
         shape = None if values is None else values.shape
         raise RewardError(f"the reward server returned rewards {shape} for {num_samples} samples")
     told = [""] * num_samples if reasons is None else [why.decode() for why in reasons[:, 0]]
-    return RewardScores.of(values[:, 0], told)
+    seconds = np.full(num_samples, -1.0) if stalled is None else stalled[:, 0]
+    return Reply(RewardScores.of(values[:, 0], told), seconds)
 
 
 @contextmanager
@@ -85,7 +141,7 @@ def _connected(endpoint: Endpoint, timeout_s: float) -> Iterator[Any]:
         ) as connection:
             yield connection
     except TimeoutError as error:
-        raise RewardError(
+        raise RewardTimeoutError(
             f"the server at {endpoint.address} did not answer in {timeout_s:g} s"
         ) from error
     except (InferenceServerException, OSError, HTTPException) as error:

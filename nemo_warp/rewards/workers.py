@@ -1,10 +1,11 @@
-"""Threads for strangers' code: they can be left behind when a call never returns."""
+"""Threads and event loops for strangers' code: they can be left when a call never returns."""
 
 from __future__ import annotations
 
+import asyncio
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any
 
@@ -37,3 +38,27 @@ class Workers:
                 future.set_result(function(*arguments))
             except BaseException as error:  # whoever waits for the future is told
                 future.set_exception(error)
+
+
+class AsyncWorkers:
+    """The same for coroutine functions: one daemon thread with an event loop.
+
+    Args:
+        count: calls at a time.
+        name: of the thread.
+    """
+
+    def __init__(self, count: int, name: str) -> None:
+        self._slots = asyncio.Semaphore(count)
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name=name, daemon=True).start()
+
+    def submit(self, function: Callable[..., Coroutine[Any, Any, Any]], *arguments: Any) -> Future:
+        """Call it once fewer than ``count`` calls are under way."""
+        return asyncio.run_coroutine_threadsafe(self._call(function, arguments), self._loop)
+
+    async def _call(
+        self, function: Callable[..., Coroutine[Any, Any, Any]], arguments: tuple
+    ) -> Any:
+        async with self._slots:
+            return await function(*arguments)

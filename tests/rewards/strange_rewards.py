@@ -1,7 +1,9 @@
 """Rewards that misbehave on command: the response says how. For fault injection only."""
 
+import asyncio
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 if delay := os.environ.get("STRANGE_IMPORT_S"):
@@ -40,3 +42,33 @@ def picky(prompt: str, response: str) -> float:
 def wrong_count(prompts: list[str], responses: list[str]) -> list[float]:
     """Always one score."""
     return [1.0]
+
+
+CALLS = Path(os.environ.get("STRANGE_MARK", "/nonexistent")).with_suffix(".calls")
+
+
+def slow(prompt: str, response: str, seconds: float = 0.05) -> float:
+    """Length of the response, after a while; each call leaves a byte in a file."""
+    with CALLS.open("ab") as stream:
+        stream.write(b".")
+    time.sleep(seconds)
+    return float(len(response))
+
+
+async def slow_async(prompt: str, response: str, seconds: float = 0.05) -> float:
+    """As `slow`, as a coroutine."""
+    await asyncio.sleep(seconds)
+    return float(len(response))
+
+
+def checked(prompt: str, response: str, answer: str, points: float = 1.0, **more: object) -> float:
+    """Points for the right answer, and one for each further field."""
+    return points * (response == answer) + len(more)
+
+
+def checked_batch(
+    prompts: list[str], responses: list[str], answer: list[str], points: Sequence[float] = ()
+) -> list[float]:
+    """As `checked`, for lists."""
+    given = points or [1.0] * len(answer)
+    return [(p or 1.0) * (r == a) for r, a, p in zip(responses, answer, given, strict=True)]

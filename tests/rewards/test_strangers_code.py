@@ -11,6 +11,7 @@ import pytest
 
 from nemo_warp.rewards.callables import load_callable, score_samples, score_together
 from nemo_warp.rewards.mixture import RewardMixture
+from nemo_warp.rewards.scoring import Desk, Scoring
 from nemo_warp.rewards.serve import text_infer
 from nemo_warp.rewards.triton import answer
 from nemo_warp.rewards.workers import Workers
@@ -63,7 +64,7 @@ def test_a_callable_may_run_an_event_loop_of_its_own():
     def asks(prompt, response):
         return asyncio.run(asyncio.sleep(0.001, 0.75))
 
-    infer = text_infer(lambda p, r: score_samples(asks, p, r))
+    infer = text_infer(Desk(Scoring(asks)))
 
     async def as_pytriton_does():
         return infer(np.array([[b"text"]], dtype=object))

@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from nemo_warp.prompts import PromptLine
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt's text, and its tokens once a tokenizer has seen it."""
+    """A prompt's text, its tokens, and what else its line says, for the rewards."""
 
     text: str
     tokens: list[int]
+    fields: dict[str, Any] = field(default_factory=dict)
 
 
-def tokenize(texts: list[str], tokenizer: Any, max_tokens: int, path: Path) -> list[Prompt]:
+def tokenize(lines: list[PromptLine], tokenizer: Any, max_tokens: int, path: Path) -> list[Prompt]:
     """Tokenize prompts, refusing one that is empty or longer than ``max_tokens``.
 
     Raises:
         ValueError: names the prompt's number and its length.
     """
     prompts = []
-    for number, text in enumerate(texts, 1):
-        tokens = tokenizer.text_to_ids(text)
+    for number, line in enumerate(lines, 1):
+        tokens = tokenizer.text_to_ids(line.text)
         if not tokens:
-            raise ValueError(f"{path}: prompt {number} ({text!r}) has no tokens; remove it")
+            raise ValueError(f"{path}: prompt {number} ({line.text!r}) has no tokens; remove it")
         if len(tokens) > max_tokens:
             raise ValueError(
                 f"{path}: prompt {number} has {len(tokens)} tokens, expected at most {max_tokens}; "
                 "shorten it, or change prompts.max_tokens, rollout.max_response_tokens or the "
                 "model's context length"
             )
-        prompts.append(Prompt(text, tokens))
+        prompts.append(Prompt(line.text, tokens, line.fields))
     return prompts

@@ -22,13 +22,14 @@ from nemo_warp.aligner.sampling.rewards import RewardSource
 from nemo_warp.aligner.weights.intact import refuse_damaged
 from nemo_warp.config import identity_hash, to_plain
 from nemo_warp.evidence.responses import responses_file
+from nemo_warp.prompts import PromptLine
 from nemo_warp.records import Completion, code_version, hash_file, write_completion
 
 # Nothing is trained; NeMo's set-up wants an optimizer, and torch's allocates nothing before a step.
 _OPTIMIZER = {"name": "adamw", "lr": 1e-6, "betas": [0.9, 0.95], "weight_decay": 0.0}
 
 
-def measure_front(config: DictConfig, texts: list[str]) -> int:
+def measure_front(config: DictConfig, texts: list[PromptLine]) -> int:
     """Measure what ``points.jsonl`` lacks, then write the completion record. Collective."""
     path = Path(config.directory) / POINTS_FILE
     done = measured_points(path, [judge.name for judge in config.judges])
@@ -43,7 +44,7 @@ def measure_front(config: DictConfig, texts: list[str]) -> int:
 
 
 def _measure(
-    config: DictConfig, texts: list[str], path: Path, missing: list[tuple[str, float]]
+    config: DictConfig, texts: list[PromptLine], path: Path, missing: list[tuple[str, float]]
 ) -> None:
     others = tuple(p for p in (config.slerp, config.sft) if p != config.base)
     policy, shards = build_policy(_policy_config(config), config.evaluation.num_prompts, 1, others)
@@ -52,7 +53,7 @@ def _measure(
     slerp = policy.other_weights(shards.get(config.slerp))
     bases = {"init": policy.other_weights(None), "sft": sft}
     rewards = RewardSource(config, config.run_id)
-    rewards.connect()
+    rewards.connect(prompts={config.prompts.heldout: texts})
     tokens = max_prompt_tokens(config, config.base)
     prompts = tokenize(texts, policy.model.tokenizer, tokens, Path(config.prompts.heldout))
     evaluator = Evaluator(config, policy.model, prompts, rewards, sft)

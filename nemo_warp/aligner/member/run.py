@@ -29,6 +29,7 @@ from nemo_warp.aligner.weights.sharded import ShardedWeights
 from nemo_warp.config import identity_hash, to_plain
 from nemo_warp.core.footprint import NO_ROOM
 from nemo_warp.core.seeds import order_hash
+from nemo_warp.prompts import PromptLine
 from nemo_warp.records import (
     Completion,
     RecordError,
@@ -47,12 +48,12 @@ EXIT_CODES = {
 POLICY_FILE = "policy.nemo"
 
 
-def run_member(config: Any, texts: dict[str, list[str]], started: float) -> int:
+def run_member(config: Any, texts: dict[str, list[PromptLine]], started: float) -> int:
     """Train to step T, or stop resumably. Collective; call after `compat.activate`.
 
     Args:
         config: checked by `train.check_member`.
-        texts: the ``train`` and ``heldout`` prompts.
+        texts: the ``train`` and ``heldout`` prompts, with their further fields.
         started: when the process began (s since the epoch), for the time limit.
 
     Returns:
@@ -77,7 +78,7 @@ class Member:
     trainer: WarpReinforceTrainer
 
 
-def build_member(config: Any, texts: dict[str, list[str]], stop: StopRequest) -> Member:
+def build_member(config: Any, texts: dict[str, list[PromptLine]], stop: StopRequest) -> Member:
     """Load, restore and connect everything one member needs."""
     rollout = config.rollout
     batch = rollout.prompts_per_step * rollout.samples_per_prompt
@@ -96,7 +97,7 @@ def build_member(config: Any, texts: dict[str, list[str]], stop: StopRequest) ->
     reference = {"ema": anchor and anchor.weights, "sft": sft, "none": None}
     state = _resume(config, policy, anchor)
     rewards = RewardSource(config, config.run.name)
-    rewards.connect(state["rewards"])
+    rewards.connect(state["rewards"], {config.prompts[n]: lines for n, lines in texts.items()})
     prompts = {name: _tokenize(config, model, name, texts[name]) for name in texts}
     evaluator = Evaluator(
         config, model, prompts["heldout"][: config.evaluation.num_prompts], rewards, sft
@@ -135,7 +136,7 @@ def _check_end_token(model: Any, init: str) -> None:
         )
 
 
-def finish(config: Any, texts: dict[str, list[str]], member: Member) -> None:
+def finish(config: Any, texts: dict[str, list[PromptLine]], member: Member) -> None:
     """Export the policy of step T and write the completion record, last."""
     trainer = member.trainer
     directory = Path(config.run.directory)
@@ -155,7 +156,9 @@ def finish(config: Any, texts: dict[str, list[str]], member: Member) -> None:
             "total_steps": config.run.total_steps,
             "seed": config.run.seed,
             "evaluation_seed": config.evaluation.seed,
-            "prompt_order_hash": order_hash(texts["train"], config.run.seed),
+            "prompt_order_hash": order_hash(
+                [line.text for line in texts["train"]], config.run.seed
+            ),
             "dtype": config.export.dtype,
             "rewards": fingerprints,
             "baseline": trainer.objective.baseline,
@@ -205,7 +208,7 @@ def _newest_intact(checkpoints: list[Path]) -> Path:
     )
 
 
-def _tokenize(config: Any, model: Any, name: str, texts: list[str]) -> list[Prompt]:
+def _tokenize(config: Any, model: Any, name: str, texts: list[PromptLine]) -> list[Prompt]:
     return tokenize(
         texts, model.tokenizer, max_prompt_tokens(config, config.init), Path(config.prompts[name])
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from nemo_aligner.utils.parallel_state import get_model_parallel_src_rank
 from torch import Tensor
 
 from nemo_warp.aligner.entry.prompts import Prompt
+from nemo_warp.prompts import PromptLine
 from nemo_warp.rewards import RewardError, RewardFailureRateError
 from nemo_warp.rewards.mixture import RewardMixture
 from nemo_warp.rewards.settings import RewardClientSettings
@@ -67,11 +68,16 @@ class RewardSource:
         self._budget = RewardClientSettings.from_config(config.reward_client).failure_budget()
         self._reasons: list[str] = []  # of the failures since the last check
 
-    def connect(self, expected: dict[str, str] | None = None) -> None:
+    def connect(
+        self,
+        expected: dict[str, str] | None = None,
+        prompts: Mapping[str, Sequence[PromptLine]] | None = None,
+    ) -> None:
         """Wait until every server is ready and is the expected one, on all ranks or none.
 
         Args:
             expected: fingerprints of the rewards the run was begun with; None at its start.
+            prompts: what will be scored, by file; they must have the fields that rewards take.
 
         Raises:
             RewardError: on every rank, naming what the first of them found.
@@ -82,6 +88,8 @@ class RewardSource:
                 self._mixture.connect()
                 _check_same(expected, self._mixture.fingerprints)
                 self._connect_judges()
+                for file, lines in (prompts or {}).items():
+                    self._mixture.check_fields([line.fields for line in lines], file)
             except RewardError as error:  # carried to all ranks, raised below
                 message = str(error)
         messages: list[str | None] = [None] * torch.distributed.get_world_size()
@@ -112,8 +120,11 @@ class RewardSource:
         if self._mixture is None:
             return PendingRewards(lambda: _share(None))
         texts = [p.text for p in prompts], response_texts(actor, output)
-        future = self._mixture.submit(*texts)
-        judging = self._judges.submit(*texts) if judged and self._judges is not None else None
+        fields = [p.fields for p in prompts]
+        future = self._mixture.submit(*texts, fields)
+        judging = None
+        if judged and self._judges is not None:
+            judging = self._judges.submit(*texts, fields)
 
         def wait() -> LocalScores:
             scores = future.result()
