@@ -158,9 +158,9 @@ class RewardClient:
         return self.submit(prompts, responses, fields).result()
 
     def close(self) -> None:
-        """Give up what has not been sent; a request under way still ends or times out."""
+        """Give up what is not scored; a request under way still ends or times out."""
         self._closing.set()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.shutdown(wait=False)
 
     def _probe(self) -> tuple[Endpoint | None, str]:
         """The endpoint if the server it names is up, whoever's it is; else what is missing."""
@@ -178,6 +178,9 @@ class RewardClient:
         found = _Found(samples)
         failures = 0
         while left := found.left(self._portion):
+            if self._closing.is_set():
+                found.give_up("the client was closed")
+                continue
             try:
                 reply = self._attempt([samples[place] for place in left])
             except RewardError as error:
@@ -186,14 +189,13 @@ class RewardClient:
                 self._after_failure(error, len(left))
                 if failures > self.settings.retries:
                     found.give_up(str(error))
-                elif self._closing.wait(self._backoff(failures)):
-                    found.give_up("the client was closed")
+                else:
+                    self._closing.wait(self._backoff(failures))
                 continue
             failures = 0
             found.keep(left, reply, self._patience())
-            self._portion = min(self.settings.batch_size, 2 * self._portion)
-            if self._closing.is_set():
-                found.give_up("the client was closed")
+            step = -(-self.settings.batch_size // 8)
+            self._portion = min(self.settings.batch_size, self._portion + step)
         return found.scores()
 
     def _patience(self) -> tuple[float, str]:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nemo_warp.rewards.client import RewardClient, RewardFuture
-from nemo_warp.rewards.errors import RewardError
 from nemo_warp.rewards.scores import RewardScores, weighted_sum
 from nemo_warp.rewards.settings import RewardClientSettings, check_rewards
 
@@ -62,13 +61,13 @@ class RewardMixture:
             source: the prompts' file.
 
         Raises:
-            RewardError: names the reward, the field and the prompt.
+            ValueError: names the reward, the field and the prompt.
         """
         for client in self.clients:
             for name in client.needs:
                 lacking = [number for number, one in enumerate(fields, 1) if name not in one]
                 if lacking:
-                    raise RewardError(
+                    raise ValueError(
                         f"reward '{client.name}' takes the field '{name}' of every prompt, but in "
                         f"{source} {len(lacking)} of {len(fields)} have none (the first: prompt "
                         f"{lacking[0]}); add it to their lines, or give it as an option"

@@ -17,7 +17,7 @@ SLURM_TIME = r"\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2}"
 
 @dataclass
 class Prompts:
-    """``prompts``: files of JSON lines, ``{"prompt": "..."}``."""
+    """``prompts``: files of JSON lines, ``{"prompt": "...", "answer": "..."}``."""
 
     train: str = key(REQUIRED, "JSON lines to train on", nonempty=True)
     heldout: str = key(REQUIRED, "JSON lines to measure on", nonempty=True)
@@ -33,6 +33,7 @@ class Judge:
     )  # fmt: skip
     options: dict[str, Any] = key({}, "keyword arguments of the callable")
     batch: bool = key(False, "the callable takes lists of texts")
+    concurrency: int = key(1, "calls of the callable at a time", low=1)
     model: str | None = key(None, "a NeMo reward model, .nemo", nonempty=True)
     endpoint: str | None = key(None, "endpoint file of a server somebody else runs", nonempty=True)
     fingerprint: str | None = key(None, "refuse any other reward", nonempty=True)

@@ -66,6 +66,13 @@ def checked(prompt: str, response: str, answer: str, points: float = 1.0, **more
     return points * (response == answer) + len(more)
 
 
+def mirrored(prompt: str, response: str, answer: str) -> float:
+    """1 if the answer is the prompt's own: the prompt, backwards."""
+    if answer != prompt[::-1]:
+        raise ValueError(f"{answer!r} does not belong to {prompt!r}")
+    return 1.0
+
+
 def checked_batch(
     prompts: list[str], responses: list[str], answer: list[str], points: Sequence[float] = ()
 ) -> list[float]:

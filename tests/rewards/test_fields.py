@@ -10,7 +10,6 @@ from reward_servers import running
 from test_serving import QUICK, SENTENCES, _connected
 
 from nemo_warp.prompts import PromptLine, read_prompts
-from nemo_warp.rewards import RewardError
 from nemo_warp.rewards.callables import load_callable, score_samples, score_together
 from nemo_warp.rewards.client import RewardClient
 from nemo_warp.rewards.endpoint import Endpoint
@@ -92,7 +91,7 @@ def test_fields_reach_the_server_and_what_lacks_them_is_refused(pytriton, tmp_pa
         assert scores.scores[[0, 1, 3, 4]].tolist() == [1.0, 0.0, 2.0, 3.0]
         assert scores.failed.tolist() == [False, False, True, False, False]
         assert not np.isnan(scores.parts["vader"]).all()
-        with pytest.raises(RewardError, match=r"field 'answer'.* a\.jsonl 1 of 4 .*: prompt 3\)"):
+        with pytest.raises(ValueError, match=r"field 'answer'.* a\.jsonl 1 of 4 .*: prompt 3\)"):
             mixture.check_fields(FIELDS, "a.jsonl")
         mixture.check_fields(FIELDS[:2], "a.jsonl")
         bad = mixture.score(["p"], ["4"], [{"answer": object()}])

@@ -53,7 +53,7 @@ def _measure(
     slerp = policy.other_weights(shards.get(config.slerp))
     bases = {"init": policy.other_weights(None), "sft": sft}
     rewards = RewardSource(config, config.run_id)
-    rewards.connect(prompts={config.prompts.heldout: texts})
+    rewards.connect(prompts={"heldout": texts})
     tokens = max_prompt_tokens(config, config.base)
     prompts = tokenize(texts, policy.model.tokenizer, tokens, Path(config.prompts.heldout))
     evaluator = Evaluator(config, policy.model, prompts, rewards, sft)

@@ -97,7 +97,7 @@ def build_member(config: Any, texts: dict[str, list[PromptLine]], stop: StopRequ
     reference = {"ema": anchor and anchor.weights, "sft": sft, "none": None}
     state = _resume(config, policy, anchor)
     rewards = RewardSource(config, config.run.name)
-    rewards.connect(state["rewards"], {config.prompts[n]: lines for n, lines in texts.items()})
+    rewards.connect(state["rewards"], texts)
     prompts = {name: _tokenize(config, model, name, texts[name]) for name in texts}
     evaluator = Evaluator(
         config, model, prompts["heldout"][: config.evaluation.num_prompts], rewards, sft

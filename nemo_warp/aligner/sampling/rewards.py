@@ -66,6 +66,7 @@ class RewardSource:
             judges = [{**judge, "weight": 0.0} for judge in config.judges]
             self._judges = RewardMixture.from_config(judges, config.reward_client, run_id=run_id)
         self._budget = RewardClientSettings.from_config(config.reward_client).failure_budget()
+        self._files = dict(config.prompts)
         self._reasons: list[str] = []  # of the failures since the last check
 
     def connect(
@@ -77,26 +78,27 @@ class RewardSource:
 
         Args:
             expected: fingerprints of the rewards the run was begun with; None at its start.
-            prompts: what will be scored, by file; they must have the fields that rewards take.
+            prompts: what will be scored, as ``train`` and ``heldout``; they must have the fields
+                that the rewards take, and the latter those of the judges.
 
         Raises:
             RewardError: on every rank, naming what the first of them found.
+            ValueError: likewise; prompts lack a field.
         """
-        message = None
+        problem: Exception | None = None
         if self._mixture is not None:
             try:
                 self._mixture.connect()
                 _check_same(expected, self._mixture.fingerprints)
                 self._connect_judges()
-                for file, lines in (prompts or {}).items():
-                    self._mixture.check_fields([line.fields for line in lines], file)
-            except RewardError as error:  # carried to all ranks, raised below
-                message = str(error)
-        messages: list[str | None] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(messages, message)
-        for text in messages:
-            if text is not None:
-                raise RewardError(text)
+                self._check_fields(prompts or {})
+            except (RewardError, ValueError) as error:  # carried to all ranks, raised below
+                problem = error
+        problems: list[Exception | None] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(problems, problem)
+        for found in problems:
+            if found is not None:
+                raise found
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -167,6 +169,12 @@ class RewardSource:
         for mixture in (self._mixture, self._judges):
             if mixture is not None:
                 mixture.close()
+
+    def _check_fields(self, prompts: Mapping[str, Sequence[PromptLine]]) -> None:
+        for name, lines in prompts.items():
+            for mixture in (self._mixture, self._judges if name == "heldout" else None):
+                if mixture is not None:
+                    mixture.check_fields([line.fields for line in lines], self._files[name])
 
     def _connect_judges(self) -> None:
         """Wait for the judges.

@@ -56,6 +56,8 @@ def _server_words(reward: dict[str, Any]) -> list[str]:
         return [*words, *extra]
     words = ["-m", "nemo_warp.rewards.serve", "--callable", reward["callable"], *extra]
     words += ["--batch"] if reward.get("batch") else []
+    if reward.get("concurrency", 1) != 1:
+        words += ["--concurrency", str(reward["concurrency"])]
     if reward.get("options"):
         words += ["--options", json.dumps(reward["options"], sort_keys=True)]
     return words

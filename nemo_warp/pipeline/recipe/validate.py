@@ -114,6 +114,8 @@ def _check_served(where: str, name: str, reward: dict[str, Any]) -> None:
     sources = [key for key in ("callable", "model", "endpoint") if reward.get(key)]
     _require(len(sources) == 1, f"{where} needs exactly one of callable, model and endpoint, "
              f"found {', '.join(sources) or 'none'}")  # fmt: skip
+    _require(sources == ["callable"] or reward.get("concurrency", 1) == 1,
+             f"{where}.concurrency is of a callable; leave it out")  # fmt: skip
 
 
 def _check_judges(values: dict[str, Any]) -> None:

@@ -72,6 +72,34 @@ def uninterrupted(materials, member_vader, tmp_path_factory):
     return directory
 
 
+def test_answers_stay_with_their_prompts(materials, tmp_path, capfd):
+    """Through a data-parallel member's rollouts, its evaluations and the reward's server.
+
+    The reward fails where the answer is not the prompt's own. Without answers nothing is trained.
+    """
+    files = {}
+    for name in ("train", "heldout"):
+        files[name] = tmp_path / f"{name}.jsonl"
+        lines = [json.loads(line) for line in getattr(materials, name).read_text().splitlines()]
+        answered = [line | {"answer": line["prompt"][::-1]} for line in lines]
+        files[name].write_text("".join(json.dumps(line) + "\n" for line in answered))
+    layout = Layout(1, 1, 2)
+    with running(tmp_path / "server", "strange_rewards:mirrored", run_id="test") as server:
+        config = write_config(materials, server, tmp_path, layout)
+        without = run_ranks(run_main, 2, config, "run.total_steps=2", "run.eval_interval=2")
+        assert without == [exit_codes.MISCONFIGURED] * 2
+        told = capfd.readouterr().err
+        assert "reward 'vader' takes the field 'answer' of every prompt" in told
+        assert str(materials.train) in told and "Traceback" not in told
+        config = write_config(materials, server, tmp_path / "answered", layout)
+        given = [f"prompts.{name}={file}" for name, file in files.items()]
+        ran = run_ranks(run_main, 2, config, *given, "run.total_steps=2", "run.eval_interval=2")
+        assert ran == [exit_codes.DONE] * 2
+    records = metrics_of(tmp_path / "answered")
+    counted = [r["failed_rewards"] for r in records if r["kind"] in ("train", "eval")]
+    assert counted == [0, 0, 0, 0] and all(r["reward"] > 0 for r in records if "reward" in r)
+
+
 def assert_same_state(left: Path, right: Path, step: int, config: str = "config-tp1-pp1-dp1.yaml"):
     name = f"member/checkpoints/step_{step:08d}"
     one = run_ranks(final_state, 1, left / config, left / name)[0]
