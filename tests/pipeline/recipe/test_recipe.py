@@ -55,6 +55,9 @@ REWARD = {"weight": 1.0, "callable": "nemo_warp.rewards.library:vader_compound"}
         ({"rewards": {"a": {**REWARD, "callable": "x"}}}, r"expected text such as"),
         ({"rewards": {"a": {**REWARD, "wieght": 1}}}, r"did you mean 'rewards.a.weight'"),
         ({"rewards": {"a b": REWARD}}, r"rewards.a b: use letters"),
+        ({"rewards": {"a": {**REWARD, "concurrency": 0}}}, r"'rewards.a.concurrency' .* is 0"),
+        ({"rewards": {"a": {"weight": 1, "endpoint": "e", "concurrency": 8}}},
+         r"rewards.a.concurrency is of a callable"),
         ({"rewards": {"a": REWARD}, "per_member": [{"rewards": {"a": {"weight": 0}}}, {}]},
          r"per_member\[1\]: every reward has weight 0"),
         ({"name": "a b"}, r"'name' in .* is 'a b', expected text of letters"),
@@ -190,3 +193,11 @@ def test_every_recipe_in_the_repository_is_valid() -> None:
                 recipe.member_config(stage.iteration, stage.member)
     assert {"tiny", "gemma-7b", "llama3-8b", "length-penalty", "lerp", "no-kl"} <= set(names)
     assert len(names) == len(set(names))
+
+
+def test_a_callables_concurrency_reaches_its_server():
+    from nemo_warp.pipeline.launch.programs import _server_words
+
+    words = ["-m", "nemo_warp.rewards.serve", "--callable", REWARD["callable"]]
+    assert _server_words({**REWARD, "concurrency": 1}) == words
+    assert _server_words({**REWARD, "concurrency": 8}) == [*words, "--concurrency", "8"]
