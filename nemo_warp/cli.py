@@ -6,7 +6,8 @@ A subcommand is a row of `COMMANDS` and a module with two functions::
     def main(args: argparse.Namespace) -> int: ...   # an exit code, see nemo_warp.exit_codes
 
 Its docstring is the text of ``--help``. A `ValueError` or `RecordError` it raises becomes one
-line, ``error: ...``; anything else is a bug and keeps its stack trace.
+line, ``error: ...``, and so does what a file system refuses; anything else is a bug and keeps its
+stack trace.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = ".".join(map(str, sys.version_info[:2]))
         print(f"error: Python 3.10 to 3.12 is needed, this is {found}", file=sys.stderr)
         return exit_codes.MISCONFIGURED
+    from nemo_warp.disk_errors import in_a_sentence
     from nemo_warp.records import RecordError  # needs that Python
 
     arguments = sys.argv[1:] if arguments is None else list(arguments)
@@ -70,6 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `nemo-warp status | head`
         sys.stderr.close()
         return exit_codes.DONE
+    except OSError as error:
+        sentence = in_a_sentence(error)
+        if sentence is None:
+            raise
+        print(f"error: {sentence}", file=sys.stderr)
+        return exit_codes.FAILED
 
 
 class _Version(argparse.Action):

@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from nemo_warp import exit_codes
 from nemo_warp.health import Check, Status, checks_of_machine, checks_of_packages, imports_nemo
@@ -29,6 +30,7 @@ examples:
   nemo-warp doctor                        everything a member needs
   nemo-warp doctor --profile slurm        on a login node
   nemo-warp doctor --deep                 also import NeMo and list what is replaced (15 s)
+  nemo-warp doctor --profile slurm --run-directory recipes/gemma_7b    # before the first run
   nemo-warp doctor --json | jq .checks
 """
 
@@ -45,6 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``nemo-warp doctor``."""
     parser.epilog = _EPILOG
     parser.add_argument("--profile", choices=PROFILES, default="train", help="default: train")
+    parser.add_argument(
+        "--run-directory", type=Path, metavar="RECIPE|DIRECTORY",
+        help="also try what a run needs there: locks (between two nodes under srun), space, and "
+        "what sbatch --test-only says of every kind of job",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="for programs: one JSON object")
     parser.add_argument("--deep", action="store_true", help="import NeMo as an entry point does")
 
@@ -52,11 +59,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Print the report; 0 if the profile's requirements are met."""
     checks = [*checks_of_packages(args.profile), *checks_of_machine(args.profile)]
+    if args.run_directory is not None:
+        checks += checks_of_place(args.run_directory)
     if args.deep:
         checks.append(imports_nemo())
     usable = all(check.status is not Status.MISSING for check in checks)
     print(_as_json(args.profile, usable, checks) if args.json else _as_table(args.profile, checks))
     return exit_codes.DONE if usable else exit_codes.FAILED
+
+
+def checks_of_place(place: Path) -> list[Check]:
+    """What a run needs of ``place``; that takes the driver, and with it OmegaConf."""
+    try:
+        from nemo_warp.pipeline.commands.readiness import checks_of_run
+    except ImportError as error:
+        found = f"not tried: {error}"
+        return [Check("run directory", Status.MISSING, found, advice="first the packages above")]
+    return list(checks_of_run(place))
 
 
 def _as_json(profile: str, usable: bool, checks: Sequence[Check]) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_warp import exit_codes, yaml_text
+from nemo_warp.disk_errors import in_a_sentence
 from nemo_warp.pipeline.disk import attempts, cancelled, locks
 from nemo_warp.pipeline.disk.request import Request, build_request, read_request
 from nemo_warp.pipeline.disk.state import Status, inspect, is_done
@@ -62,6 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return exit_codes.MISCONFIGURED
     except RecordError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        return exit_codes.FAILED
+    except OSError as error:
+        sentence = in_a_sentence(error)
+        if sentence is None:
+            raise
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
         return exit_codes.FAILED
 
 

@@ -109,14 +109,27 @@ def _names(file: Path) -> set[str]:
 
 def _check_space(recipe: Recipe) -> None:
     """At the start only: later the run itself has used what it was given."""
+    lacking = None if recipe.paths.recipe.exists() else lacking_space(recipe)
+    if lacking is not None:
+        raise ValueError(lacking)
+
+
+def lacking_space(recipe: Recipe, used: int = 0) -> str | None:
+    """What to say when the file system has no room for the run, None if it has or nobody knows.
+
+    Args:
+        recipe: with or without ``estimate.parameters``.
+        used: bytes that the run holds already.
+    """
     parts = disk_bytes(recipe)
-    if parts is None or recipe.paths.recipe.exists():
-        return
+    if parts is None:
+        return None
     there = next(p for p in (recipe.paths.root, *recipe.paths.root.parents) if p.exists())
-    needed, free = sum(parts.values()), shutil.disk_usage(there).free
-    if needed > free:
-        raise ValueError(
-            f"run_directory: about {size(needed)} are needed below {recipe.paths.root} "
-            f"({', '.join(f'{n} {size(b)}' for n, b in parts.items())}), {size(free)} are free; "
-            "choose another file system, or lower keep_checkpoints"
-        )
+    needed, free = sum(parts.values()) - used, shutil.disk_usage(there).free
+    if needed <= free:
+        return None
+    return (
+        f"run_directory: about {size(needed)} are needed below {recipe.paths.root} "
+        f"({', '.join(f'{n} {size(b)}' for n, b in parts.items())}), {size(free)} are free; "
+        "choose another file system, or lower keep_checkpoints"
+    )

@@ -82,7 +82,7 @@ def in_words(main: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Na
     def wrapped(args: argparse.Namespace) -> int:
         try:
             return main(args)
-        except (slurm.SlurmError, PermissionError) as error:
+        except slurm.SlurmError as error:
             return _say(error, exit_codes.FAILED)
         except LockHeldError as error:
             message = f"another driver is at work on this run ({error} is held)"

@@ -2,7 +2,7 @@
 
 A lock is held by every process that inherited its descriptor and goes when the last of them ends,
 however it ends; there is nothing to clean up. On network file systems flock has to be enabled
-cluster-wide (Lustre: mount option ``flock``); ``nemo-warp doctor`` is the place to look.
+cluster-wide (Lustre: mount option ``flock``); ``nemo-warp doctor --run-directory`` tries it.
 """
 
 from __future__ import annotations
@@ -36,13 +36,16 @@ def hold(path: Path, wait_s: float = 0.0) -> Iterator[int]:
 
 
 def is_held(path: Path) -> bool:
-    """Whether somebody holds the lock. Looks by taking a shared lock for an instant."""
+    """Whether somebody holds the lock. Looks by taking a shared lock for an instant.
+
+    That needs no permission to write, nor a file system that is mounted for writing.
+    """
     try:
-        descriptor = os.open(path, os.O_RDWR)
+        descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        _flock(descriptor, path, fcntl.LOCK_SH)
     except BlockingIOError:
         return True
     finally:
@@ -53,9 +56,19 @@ def is_held(path: Path) -> bool:
 def _acquire(descriptor: int, path: Path, deadline: float) -> None:
     while True:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _flock(descriptor, path, fcntl.LOCK_EX)
             return
         except BlockingIOError:
             if time.monotonic() >= deadline:
                 raise LockHeldError(str(path)) from None
             time.sleep(0.1)
+
+
+def _flock(descriptor: int, path: Path, kind: int) -> None:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:  # the descriptor has no name
+        error.filename = str(path)
+        raise

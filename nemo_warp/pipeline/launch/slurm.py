@@ -109,7 +109,10 @@ def cancel(job_ids: Sequence[str]) -> None:
 
 
 def ask(
-    words: Sequence[str], patience_s: float = PATIENCE_S, lost: Callable[[], str] | None = None
+    words: Sequence[str],
+    patience_s: float = PATIENCE_S,
+    lost: Callable[[], str] | None = None,
+    with_errors: bool = False,
 ) -> str:
     """Run a Slurm command and return what it prints; asks again while the controller is away.
 
@@ -117,6 +120,7 @@ def ask(
         words: the command line.
         patience_s: how long to ask again.
         lost: called before asking again; what it returns, unless empty, is the answer.
+        with_errors: return what it says on standard error as well.
 
     Raises:
         SlurmError: it refused, is not installed, or did not answer for minutes.
@@ -133,7 +137,7 @@ def ask(
         except FileNotFoundError:
             raise SlurmError(f"{words[0]} is not installed here; run this where Slurm is") from None
         if result.returncode == 0:
-            return result.stdout
+            return result.stdout + (result.stderr if with_errors else "")
         message = result.stderr.strip()
         if not _controller_away(message) or time.monotonic() > deadline:
             raise SlurmError(f"{shlex.join(words)}: {message or f'exit code {result.returncode}'}")
