@@ -39,8 +39,8 @@ demo: setup ## the whole method, small, on real text: no GPU needed
 test: setup ## every test, with linters as tests
 	$(VENV)/bin/python -m pytest --timeout=900 $(SIDE_BY_SIDE) $(PYTEST_ARGS)
 
-lint: setup ## ruff, import-linter, shellcheck only
+lint: setup ## ruff, mypy, import-linter, shellcheck only
 	$(VENV)/bin/python -m pytest tests/test_style.py
 
 clean: ## remove the virtual environment and caches (not build/ or runs/)
-	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

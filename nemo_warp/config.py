@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -176,6 +176,11 @@ def _mandatory(value: Any, path: str = "") -> Iterator[str]:
         yield path
 
 
+def overlaid(*mappings: Mapping[str, Any]) -> DictConfig:
+    """One configuration of several mappings; the later ones win, key by key."""
+    return cast("DictConfig", OmegaConf.merge(*mappings))
+
+
 def to_plain(config: DictConfig, resolve: bool = True) -> dict[str, Any]:
     """``config`` as dictionaries and lists, interpolations resolved.
 
@@ -183,7 +188,7 @@ def to_plain(config: DictConfig, resolve: bool = True) -> dict[str, Any]:
         ValueError: an interpolation such as ``${a.b}`` points at nothing.
     """
     try:
-        return OmegaConf.to_container(config, resolve=resolve)
+        return cast("dict[str, Any]", OmegaConf.to_container(config, resolve=resolve))
     except OmegaConfBaseException as error:
         raise ValueError(f"cannot resolve the configuration: {error}") from error
 

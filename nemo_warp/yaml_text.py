@@ -77,6 +77,10 @@ def _float(loader: _Loader, node: yaml.ScalarNode) -> float:
     )
 
 
+def _ambiguous(loader: _Loader, node: yaml.ScalarNode) -> Ambiguous:
+    return Ambiguous(loader.construct_scalar(node))
+
+
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     given = set()
     for key_node, _ in node.value:
@@ -98,7 +102,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
 _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 _Loader.add_constructor("tag:yaml.org,2002:float", _float)
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
-_Loader.add_constructor(_AMBIGUOUS, lambda loader, node: Ambiguous(loader.construct_scalar(node)))
+_Loader.add_constructor(_AMBIGUOUS, _ambiguous)
 
 _PLAIN = re.compile(r"[A-Za-z_/][A-Za-z0-9_./-]*")
 _WORDS = {"true", "false", "yes", "no", "on", "off", "y", "n", "null", "nan", "inf"}

@@ -27,6 +27,10 @@ def test_ruff_format():
     _run(sys.executable, "-m", "ruff", "format", "--check", ".")
 
 
+def test_types():
+    _run(sys.executable, "-m", "mypy")
+
+
 def test_import_directions():
     _run(str(Path(sys.executable).with_name("lint-imports")), "--no-cache")
 

@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from nemo_warp.aligner.entry.engine import engine_batch_size
 from nemo_warp.aligner.entry.frame import run_once
@@ -26,6 +26,7 @@ from nemo_warp.config import (
     CONF_DIRECTORY,
     check_resolved,
     load_config,
+    overlaid,
     require_complete,
     to_plain,
 )
@@ -68,7 +69,7 @@ def load_evaluation(path: Path, overrides: list[str]) -> DictConfig:
     given = {name: to_plain(config)[name] for name in _MEMBER_SECTIONS}
     member = load_config(CONF_DIRECTORY / "member.yaml", given)
     filled = to_plain(member, resolve=False)
-    config = OmegaConf.merge(config, {name: filled[name] for name in _MEMBER_SECTIONS})
+    config = overlaid(config, {name: filled[name] for name in _MEMBER_SECTIONS})
     require_complete(config)
     check_resolved(config, CONF_DIRECTORY / "evaluation.yaml", "the configuration")
     return config

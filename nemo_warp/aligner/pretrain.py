@@ -14,6 +14,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -68,7 +69,7 @@ def read_documents(path: Path) -> list[str]:
     return documents
 
 
-def _metrics(trainer, model) -> dict[str, object]:
+def _metrics(trainer: Any, model: Any) -> dict[str, object]:
     from importlib.metadata import version
 
     logged = trainer.callback_metrics

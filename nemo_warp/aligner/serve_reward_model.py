@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 
@@ -20,6 +21,9 @@ from nemo_warp.aligner.entry.validation import (
 from nemo_warp.records import hash_file
 from nemo_warp.rewards.serve import add_serving_arguments, exit_code_of
 from nemo_warp.rewards.triton import Serving, log, serve
+
+if TYPE_CHECKING:  # imports NeMo, for which a refusal does not wait
+    from nemo_warp.aligner.reward_model.model import RewardModelScorer
 
 EPILOG = """
 One process per device under torchrun or srun; the first one answers requests. Its fingerprint is
@@ -66,7 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
         scorer.follow()
 
 
-def _lead(scorer: object, arguments: argparse.Namespace) -> None:
+def _lead(scorer: RewardModelScorer, arguments: argparse.Namespace) -> None:
     log.info("hashing %s", arguments.model)
     serving = Serving(
         run_id=arguments.run_id,

@@ -43,7 +43,11 @@ class Store(Protocol):
     """The weights of one checkpoint, whatever their format."""
 
     tensors: dict[str, LogicalTensor]
-    foreign: list[str]
+
+    @property
+    def foreign(self) -> list[str]:
+        """Keys that are not the model's, such as those of an optimizer."""
+        ...
 
     @property
     def others(self) -> dict[str, torch.dtype]:

@@ -125,10 +125,11 @@ def diff(first: Checkpoint, second: Checkpoint) -> dict[str, dict[str, float]]:
             values = [a @ a, b @ b, a @ b, moved @ moved, (moved != 0).sum()]
             sums[group_of(name)][:] += [float(value) for value in values]
     counts = describe(first)["groups"]
-    return {group: _row(*sums[group], counts[group]["parameters"]) for group in sums}
+    return {group: _row(sums[group], counts[group]["parameters"]) for group in sums}
 
 
-def _row(aa: float, bb: float, ab: float, moved: float, changed: float, count: int) -> dict:
+def _row(sums: np.ndarray, count: int) -> dict:
+    aa, bb, ab, moved, changed = sums.tolist()
     product = math.sqrt(aa * bb)
     return {
         "difference": math.sqrt(moved),

@@ -182,7 +182,9 @@ def _slices(block: Block, itemsize: int) -> Iterator[tuple[int, Block]]:
         yield block.offsets[0] + i, Block(block.offsets[1:], sizes, block.record, start)
 
 
-def _tensor(name, shape, dtype, blocks, where) -> LogicalTensor:
+def _tensor(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, blocks: Iterable[Block], where: str
+) -> LogicalTensor:
     found = chain.from_iterable(
         patches_of_block(
             shape, block.offsets, block.sizes, block.record, block.start, dtype.itemsize

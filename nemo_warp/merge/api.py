@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from nemo_warp.merge.compute import loops
 from nemo_warp.merge.compute.budget import memory_for_groups, too_large
@@ -32,7 +33,7 @@ def merge(
     workers: int | None = None,
     report: str | Path | None = None,
     dry_run: bool = False,
-    **options,
+    **options: Any,
 ) -> MergeResult | None:
     """Merge ``policies`` around ``init`` and write one output per eta.
 
@@ -95,7 +96,7 @@ def _log_plan(plan: MergePlan) -> None:
     for note in plan.notes:
         logger.info("note: %s", note)
     if twice := too_large(plan):
-        largest = max(twice, key=twice.get)
+        largest = max(twice, key=twice.__getitem__)
         logger.warning(
             "%d groups are read twice: %s alone takes %.2f GB in all inputs, and %.2f GB of memory "
             "are at hand; more memory, or fewer ranks on this node, would save the second reading",

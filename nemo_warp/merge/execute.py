@@ -36,7 +36,10 @@ def execute(plan: MergePlan, world: World) -> MergeResult | None:
     finals = _finals(plan)
     notes = hidden_folder(finals[0])
     meeting = Meeting(notes.with_name(f"{notes.name}.ranks"), world, plan.identity)
-    return _follow(plan, meeting) if world.rank else _lead(plan, meeting)
+    if world.rank == 0:
+        return _lead(plan, meeting)
+    _follow(plan, meeting)
+    return None
 
 
 def check_outputs(plan: MergePlan) -> None:
@@ -64,8 +67,9 @@ def _lead(plan: MergePlan, meeting: Meeting) -> MergeResult:
             finally:
                 meeting.close()
             transaction.seal([group.to_json() for group in groups])
-        groups = map(GroupResult.from_json, transaction.sealed_measures)
-        result = MergeResult(plan, list(groups))
+        assert transaction.sealed_measures is not None
+        sealed = [GroupResult.from_json(raw) for raw in transaction.sealed_measures]
+        result = MergeResult(plan, sealed)
         transaction.publish()
         result.timing = meter.read()
         if options.report is not None:

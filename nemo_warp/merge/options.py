@@ -74,7 +74,7 @@ class MergeOptions:
     verify: str | None = None
     overwrite: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "weight", one_weight(self.weight))
         _one_of("method", self.method, METHODS)
         _one_of("granularity", self.granularity, GRANULARITIES)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numba
 import numpy
 import torch
 
 from nemo_warp.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from nemo_warp.checkpoints.containers.image import CheckpointImage
+from nemo_warp.checkpoints.containers.image import CheckpointImage, DtypeRule
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.logical import LogicalTensor
 from nemo_warp.checkpoints.meaning import check_same_meaning, meaning_of
@@ -158,7 +161,9 @@ def _check_container(options: MergeOptions, init: Checkpoint) -> None:
         )
 
 
-def _source_tables(options, inputs, notes) -> list[dict[str, LogicalTensor]]:
+def _source_tables(
+    options: MergeOptions, inputs: tuple[Checkpoint, ...], notes: list[str]
+) -> list[dict[str, LogicalTensor]]:
     """Per input, the tensors to read: the weights, or fp32 masters where asked for and present."""
     if options.source == "weights":
         return [checkpoint.tensors for checkpoint in inputs]
@@ -186,7 +191,7 @@ def _vocab_size(inputs: tuple[Checkpoint, ...]) -> int | None:
     return next(iter(sizes), None)
 
 
-def dtype_rule(options: MergeOptions):
+def dtype_rule(options: MergeOptions) -> DtypeRule:
     """Output dtype as a function of the init's."""
     if options.dtype == "same":
         return lambda dtype: dtype
@@ -204,7 +209,8 @@ def _check_same_names(init: Checkpoint, other: Checkpoint, expected: dict, found
         )
 
 
-def _check_meaning(options, inputs, notes) -> None:
+def _check_meaning(options: MergeOptions, inputs: tuple[Checkpoint, ...], notes: list[str]) -> None:
+    models: dict[str | Path, dict[str, Any]]
     models = {checkpoint.path: meaning_of(checkpoint.archive) for checkpoint in inputs}
     try:
         check_same_meaning(models, "pass --allow-different-configs to merge them all the same")
@@ -214,7 +220,12 @@ def _check_meaning(options, inputs, notes) -> None:
         notes.append(f"merged all the same: {error}")
 
 
-def _check_shapes(name, sources, inputs, true_rows: int) -> None:
+def _check_shapes(
+    name: str,
+    sources: Sequence[LogicalTensor],
+    inputs: tuple[Checkpoint, ...],
+    true_rows: int,
+) -> None:
     for source, checkpoint in zip(sources, inputs, strict=True):
         same = source.shape == sources[0].shape
         if name in VOCABULARY_TENSORS:  # padding may differ
@@ -226,7 +237,9 @@ def _check_shapes(name, sources, inputs, true_rows: int) -> None:
             )
 
 
-def _true_rows(name, sources, vocab_size, notes) -> int:
+def _true_rows(
+    name: str, sources: Sequence[LogicalTensor], vocab_size: int | None, notes: list[str]
+) -> int:
     smallest = min(source.rows for source in sources)
     if vocab_size is None:
         notes.append(

@@ -95,8 +95,10 @@ class GroupResult:
     def from_json(cls, raw: dict[str, Any]) -> GroupResult:
         """The inverse of `to_json`."""
         units = {
-            name: UnitResult(*(np.array(value) for value in values[:4]), values[4])
-            for name, values in raw["units"].items()
+            name: UnitResult(
+                np.array(gram), np.array(rows), np.array(moved), np.array(changed), size
+            )
+            for name, (gram, rows, moved, changed, size) in raw["units"].items()
         }
         parts = [[Part(*values) for values in written] for written in raw["parts"]]
         return cls(raw["group"], units, parts, raw["crcs"])

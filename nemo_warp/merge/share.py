@@ -80,7 +80,7 @@ def _model_gram(plan: MergePlan, engine: Engine) -> np.ndarray | None:
 
 def _ahead(passes: Iterator[Pass], count: int) -> Iterator[Pass]:
     """Passes in order, each with ``count`` more started before it is waited for."""
-    started = deque()
+    started: deque[Pass] = deque()
     for one in passes:
         started.append(one)
         if len(started) > count:

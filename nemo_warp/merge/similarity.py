@@ -46,7 +46,8 @@ class EarlyLook:
     """
 
     def __init__(self, plan: MergePlan, groups: list[GroupPlan]):
-        self._plan, self._seen = plan, []
+        self._plan = plan
+        self._seen: list[np.ndarray] = []
         self.groups = groups
         size = max((group.input_bytes for group in groups), default=0)
         large = [group for group in groups if 4 * group.input_bytes > size]  # norms say little
@@ -71,8 +72,8 @@ class EarlyLook:
         if len(self._seen) < self._wanted:
             return
         for i, j in combinations(range(len(self._plan.options.policies)), 2):
-            cosines = [_cosine(gram, i, j) for gram in self._seen]
-            if all(cosine is not None and cosine > SIMILAR_COSINE for cosine in cosines):
+            cosines = [c for gram in self._seen if (c := _cosine(gram, i, j)) is not None]
+            if len(cosines) == len(self._seen) and min(cosines) > SIMILAR_COSINE:
                 raise _alike(self._plan, i, j, min(cosines), f" in {len(cosines)} layers")
 
 

@@ -66,7 +66,7 @@ def compare(groups: Sequence[Group]) -> tuple[str, dict[str, Any]]:
     rows = []
     for group in groups:
         per_seed = measured[group.name]
-        found = {name: over_seeds(seeds) for name, seeds in per_seed.items()}
+        found = {name: over_seeds(np.array(seeds)) for name, seeds in per_seed.items()}
         base = measured[groups[0].name]
         apart = {name: _difference(seeds, base[name]) for name, seeds in per_seed.items()}
         values["groups"][group.name] = {
@@ -111,7 +111,7 @@ def draw(groups: Sequence[Group], path: Path) -> None:
                     markersize=3,
                 )
             grid = np.linspace(*_common_range(group), 60)
-            bands = [over_seeds([_at(f, kl) for f in group.fronts]) for kl in grid]
+            bands = [over_seeds(np.array([_at(f, kl) for f in group.fronts])) for kl in grid]
             axes.plot(
                 grid,
                 [b.mean for b in bands],

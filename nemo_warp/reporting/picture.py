@@ -10,30 +10,43 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from nemo_warp.reporting.labels import Label, place_labels
 from nemo_warp.reporting.run import Curve
 from nemo_warp.reporting.style import FINAL_COLOUR, SETTINGS, iteration_colour, label_axes, save
 
 
-def draw_run(curves: Sequence[Curve], path: Path) -> None:
-    """Draw reward against KL to SFT into a PNG.
+def draw_run(curves: Sequence[Curve], path: Path, title: str = "") -> None:
+    """Draw reward against KL to SFT into a PNG and an SVG beside it.
 
     Fronts of single iterations towards SFT are left out; the table has them.
     """
+    shown = [curve for curve in curves if _is_shown(curve)]
     with matplotlib.rc_context(SETTINGS):
         figure = Figure(figsize=(7.2, 5.0), layout="constrained")
         axes = figure.subplots()
-        for curve in curves:
-            if curve.kind == "trajectory":
-                _draw_trajectory(axes, curve)
-            elif curve.kind == "final" or curve.name.endswith("from init"):
-                _draw_front(axes, curve)
-        label_axes(axes, "KL to SFT (nats per response)", "reward")
+        for curve in shown:
+            (_draw_trajectory if curve.kind == "trajectory" else _draw_front)(axes, curve)
+        label_axes(axes, "KL to SFT (nats per response)", "reward", title)
         axes.margins(0.05, 0.08)
         _legend_without_repeats(axes)
+        fronts = [curve for curve in shown if curve.kind != "trajectory"]
+        labels = [label for curve in reversed(fronts) for label in _ends(curve)]
+        place_labels(axes, labels, _points(shown))
         save(figure, path)
+
+
+def _is_shown(curve: Curve) -> bool:
+    return curve.kind in ("trajectory", "final") or curve.name.endswith("from init")
+
+
+def _points(curves: Sequence[Curve]) -> np.ndarray:
+    """All that was measured, float [N, 2]: KL and reward."""
+    places = [(p["kl_to_sft"], p["reward"]) for curve in curves for p in curve.points]
+    return np.array(places, dtype=float).reshape(-1, 2)
 
 
 def _draw_trajectory(axes: Axes, curve: Curve) -> None:
@@ -65,25 +78,16 @@ def _draw_front(axes: Axes, curve: Curve) -> None:
         markerfacecolor="white" if final else None,
         label="final front, towards SFT" if final else f"iteration {curve.iteration}: LITI front",
     )
-    _label_ends(axes, curve)
 
 
-def _label_ends(axes: Axes, curve: Curve) -> None:
-    """Name where a front ends, below it for the final one and above else, and where SFT is."""
-    final = curve.kind == "final"
-    last = curve.points[-1]
-    labels = [(last, f"{'κ' if final else 'η'} = {last['eta']:g}")]
+def _ends(curve: Curve) -> list[Label]:
+    """Where a front ends, and where SFT is."""
+    final, last = curve.kind == "final", curve.points[-1]
+    colour = FINAL_COLOUR if final else iteration_colour(curve.iteration)
+    named = [(last, f"{'κ' if final else 'η'} = {last['eta']:g}")]
     if final and curve.points[0]["eta"] == 0:
-        labels.append((curve.points[0], "SFT"))
-    for point, text in labels:
-        axes.annotate(
-            text,
-            (point["kl_to_sft"], point["reward"]),
-            xytext=(8, -12) if final else (-12, 8),
-            textcoords="offset points",
-            color=FINAL_COLOUR if final else iteration_colour(curve.iteration),
-            fontsize=8,
-        )
+        named.append((curve.points[0], "SFT"))
+    return [Label(point["kl_to_sft"], point["reward"], text, colour) for point, text in named]
 
 
 def _legend_without_repeats(axes: Axes) -> None:

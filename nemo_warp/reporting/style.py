@@ -52,7 +52,18 @@ def label_axes(axes: Axes, x: str, y: str, title: str = "") -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a PNG atomically. Without matplotlib's version in it, equal data give equal bytes."""
-    temporary = path.with_name(f".{path.name}.partial")
-    figure.savefig(temporary, format="png", metadata={"Software": None})
-    temporary.replace(path)
+    """Write ``path``, a PNG, and the same as SVG beside it, for print; each atomically.
+
+    Without matplotlib's version, a date and random identifiers in them, equal data give equal
+    bytes.
+    """
+    unnamed: dict[str, dict[str, None]] = {
+        "png": {"Software": None},
+        "svg": {"Creator": None, "Date": None},
+    }
+    with matplotlib.rc_context({"svg.hashsalt": path.stem}):
+        for form, metadata in unnamed.items():
+            target = path.with_suffix(f".{form}")
+            temporary = target.with_name(f".{target.name}.partial")
+            figure.savefig(temporary, format=form, metadata=metadata)
+            temporary.replace(target)

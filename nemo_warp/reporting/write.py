@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemo_warp.records import write_json_atomically, write_text_atomically
+from nemo_warp.reporting.page.facts import caption
 from nemo_warp.reporting.page.measures import Measures, as_json, measure, responses_of
 from nemo_warp.reporting.page.write import PAGE, write_page
 from nemo_warp.reporting.picture import draw_run
@@ -21,12 +22,13 @@ def write_report(run: Path, output: Path) -> list[Path]:
     """
     curves = read_run(run)
     output.mkdir(parents=True, exist_ok=True)
-    files = [output / name for name in ("curves.png", "table.md", "table.csv", "measures.json")]
-    draw_run(curves, files[0])
-    write_text_atomically(files[1], markdown_table(curves))
-    write_text_atomically(files[2], csv_table(curves))
+    names = ("curves.png", "curves.svg", "table.md", "table.csv", "measures.json")
+    files = [output / name for name in names]
+    draw_run(curves, files[0], caption(run))
+    write_text_atomically(files[2], markdown_table(curves))
+    write_text_atomically(files[3], csv_table(curves))
     measured = {curve.name: _measures(curve) for curve in curves}
-    write_json_atomically(files[3], as_json(curves, measured))
+    write_json_atomically(files[4], as_json(curves, measured))
     written = write_page(run, curves, measured, output / PAGE)
     return [*files, output / PAGE] if written else files
 

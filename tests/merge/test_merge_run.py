@@ -235,7 +235,8 @@ def test_report_is_right_on_vectors(tmp_path, models):
             assert output["realised_eta"] == pytest.approx(moved @ exact / (exact @ exact))
             assert output["changed_share"] == pytest.approx(np.mean(moved != 0))
     assert {p.name for p in folder.iterdir()} == {
-        *("report.json", "report.md", "histograms.png", "angle_by_depth.png")
+        *("report.json", "report.md", "histograms.png", "histograms.svg"),
+        *("angle_by_depth.png", "angle_by_depth.svg"),
     }
     assert report["inputs"][0]["weights_digest"] == hash_weights(open_checkpoint(models["init"]))
 

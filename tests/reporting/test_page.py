@@ -177,6 +177,7 @@ def test_without_plotly_the_page_is_left_out(run, tmp_path, capsys, monkeypatch)
     assert "plotly is not installed" in capsys.readouterr().out
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "curves.png",
+        "curves.svg",
         "measures.json",
         "table.csv",
         "table.md",

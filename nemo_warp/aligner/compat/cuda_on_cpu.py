@@ -68,7 +68,7 @@ def replace_in_nemo(replacements: Replacements) -> None:
 
 def _switch_compiler_off(replacements: Replacements) -> None:
     # First of all: torch._dynamo makes a table of torch's own functions when it is imported.
-    config = importlib.import_module("torch._dynamo.config")
+    config: Any = importlib.import_module("torch._dynamo.config")
     config.disable = True
     replacements.record("torch.compile", "off: Megatron's fused functions run eagerly")
 

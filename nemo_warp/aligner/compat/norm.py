@@ -59,7 +59,7 @@ class LayerNorm(torch.nn.Module):
         if self.centred_on_mean:
             self.bias = torch.nn.Parameter(torch.zeros(hidden_size))
         for parameter in self.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
+            vars(parameter)["sequence_parallel"] = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised ``x`` [..., hidden_size], of its own dtype."""

@@ -165,11 +165,11 @@ def check_layout(model: dict[str, Any], config: Any, path: Path) -> None:
     """Refuse sizes that do not divide the model, adapters, and settings that are wrong here."""
     check_settings(model, config, path)
     tp, pp = config.model.tensor_model_parallel_size, config.model.pipeline_model_parallel_size
-    heads = model.get("num_attention_heads")
-    groups = model.get("num_query_groups") or heads
+    heads: int = model["num_attention_heads"]
+    groups: int = model.get("num_query_groups") or heads
     for name, number in (("num_attention_heads", heads), ("num_query_groups", groups)):
         _require_multiple(f"{name} of {path}", number, "model.tensor_model_parallel_size", tp)
-    _require_multiple(f"num_layers of {path}", model.get("num_layers"),
+    _require_multiple(f"num_layers of {path}", model["num_layers"],
                       "model.pipeline_model_parallel_size", pp)  # fmt: skip
     if (model.get("mcore_customization_config") or {}).get("final_logit_softcapping") and pp > 1:
         raise ValueError(

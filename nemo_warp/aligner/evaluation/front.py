@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tqdm import tqdm
 
 from nemo_warp import exit_codes
@@ -20,7 +20,7 @@ from nemo_warp.aligner.evaluation.points import POINTS_FILE, measured_points, wa
 from nemo_warp.aligner.policy.build import build_policy
 from nemo_warp.aligner.sampling.rewards import RewardSource
 from nemo_warp.aligner.weights.intact import refuse_damaged
-from nemo_warp.config import identity_hash, to_plain
+from nemo_warp.config import identity_hash, overlaid, to_plain
 from nemo_warp.evidence.responses import responses_file
 from nemo_warp.prompts import PromptLine
 from nemo_warp.records import Completion, code_version, hash_file, write_completion
@@ -71,7 +71,7 @@ def _measure(
 def _policy_config(config: DictConfig) -> DictConfig:
     """The sections `build_policy` reads."""
     optimizer = {**_OPTIMIZER, "warmup_steps": 0, "extra": {}}
-    return OmegaConf.merge(config, {"init": config.base, "optim": optimizer})
+    return overlaid(config, {"init": config.base, "optim": optimizer})
 
 
 def _record(path: Path, point: dict[str, Any]) -> None:

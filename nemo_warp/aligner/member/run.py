@@ -94,7 +94,8 @@ def build_member(config: Any, texts: dict[str, list[PromptLine]], stop: StopRequ
     anchor = None
     if config.algorithm.anchor == "ema":
         anchor = EmaAnchor(policy.other_weights(None, offload), config.algorithm.ema_update_rate)
-    reference = {"ema": anchor and anchor.weights, "sft": sft, "none": None}
+    ema = None if anchor is None else anchor.weights
+    reference = {"ema": ema, "sft": sft, "none": None}
     state = _resume(config, policy, anchor)
     rewards = RewardSource(config, config.run.name)
     rewards.connect(state["rewards"], texts)

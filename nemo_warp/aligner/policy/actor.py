@@ -57,7 +57,7 @@ class WarpActorModel(ForwardPasses, MegatronGPTReinforceActorModel):
                 embedding.reduce_scatter_embeddings = True
             self.finish_inference()
 
-    def _without_reduce_scatter(self) -> list[torch.nn.Module]:
+    def _without_reduce_scatter(self) -> list[Any]:
         """Embeddings that were told to leave the sequence whole, as sequence parallelism is off.
 
         NeMo's reset (megatron_gpt_model.py l.2166) knows ``sequence_parallel`` only; the embedding

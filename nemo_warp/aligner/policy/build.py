@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerBuilder
@@ -63,13 +63,12 @@ def build_policy(
     shards = {}
     for path in dict.fromkeys(others):
         model = _restore(trees[path].model, trainer, path)
-        shards[path] = _file_shard(model, path)
-        if shards[path] is None:
-            shards[path] = ShardedWeights(model).shard.clone()
+        shard = _file_shard(model, path)
+        shards[path] = ShardedWeights(model).shard.clone() if shard is None else shard
         del model
         gc.collect()
     model = _restore(trees[config.init].model, trainer, config.init)
-    placeholder = torch.utils.data.DataLoader([0])  # NeMo wants one; nothing reads it
+    placeholder: Any = torch.utils.data.DataLoader(cast("Any", [0]))  # NeMo wants one, unread
     init_using_ptl(trainer, model, placeholder, placeholder.dataset)
     optimizer, scheduler = extract_optimizer_scheduler_from_ptl_model(model)
     policy = Policy(model, optimizer, scheduler, _file_shard(model, config.init))

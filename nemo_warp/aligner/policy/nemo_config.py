@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from nemo_warp.aligner.entry.engine import engine_batch_size, engine_directory
 from nemo_warp.aligner.entry.validation import max_prompt_tokens
 from nemo_warp.aligner.policy.stored_config import stored_config
-from nemo_warp.config import to_plain
+from nemo_warp.config import overlaid, to_plain
 
 _DISTRIBUTED_ADAM = "distributed_fused_adam"
 _MCORE_DISTRIBUTED = "mcore_distributed_optim"
@@ -74,7 +74,7 @@ def _model_overrides(
         "reinforce": _reinforce(plain, longest_prompt),
         "overwrite_base_config": {"optim": True, "data": True},
     }
-    return OmegaConf.to_container(OmegaConf.merge(overrides, plain["model"]["extra"]))
+    return to_plain(overlaid(overrides, plain["model"]["extra"]))
 
 
 def _optimizer(optim: dict[str, Any], max_steps: int) -> dict[str, Any]:

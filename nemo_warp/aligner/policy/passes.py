@@ -93,12 +93,10 @@ class ForwardPasses:
             micro_batch_size: sequences at a time; None for the configured one, or token budget.
         """
         mask = torch.ones_like(tokens[:, 1:]) if mask is None else mask
-        given = micro_batch_size is not None
-        plan = self._plan(
-            mask,
-            micro_batch_size if given else self.forward_micro_batch_size,
-            None if given else self.cfg.reinforce.forward_tokens,
-        )
+        size, budget = micro_batch_size, None
+        if size is None:
+            size, budget = self.forward_micro_batch_size, self.cfg.reinforce.forward_tokens
+        plan = self._plan(mask, size, budget)
         step = self._target_step(
             "mask", lambda _, found, non_loss_data=True: found, temperature, likeliest=True
         )
@@ -126,7 +124,7 @@ class ForwardPasses:
         with reference.in_place():
             other = self._final_states(response_tokens, mask)
         kl = None
-        if policy is not None:
+        if policy is not None and other is not None:  # on the last pipeline stage
             per_token = torch.zeros_like(mask)
             per_token[mask != 0] = exact_kl(policy, other)
             kl = per_token.sum(-1)

@@ -19,6 +19,7 @@ from nemo_warp.checkpoints.containers.archive import open_archive
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.families.importing import ORIGIN
 from nemo_warp.checkpoints.families.tokenizer import FAST, stored_tokenizer, write_files
+from nemo_warp.config import overlaid
 
 _READ_ALWAYS = dict.fromkeys(
     f"activations_checkpoint_{name}"
@@ -37,8 +38,8 @@ def stored_config(checkpoint: str, overrides: DictConfig) -> DictConfig:
         ValueError: the tokenizer is only named, and cannot be had.
     """
     below = dict.fromkeys(absent_kernels(), False)
-    config = load_and_override_model_config(checkpoint, OmegaConf.merge(below, overrides))
-    config = OmegaConf.merge(_READ_ALWAYS, config)
+    config = load_and_override_model_config(checkpoint, overlaid(below, overrides))
+    config = overlaid(_READ_ALWAYS, config)
     tokenizer = config.get("tokenizer")
     given = OmegaConf.select(overrides, "tokenizer.type")
     if tokenizer is not None and tokenizer.get("library") == "huggingface":

@@ -138,6 +138,7 @@ class RewardModelScorer:
         if sentences is not None:
             sequences = [self._encode(text.decode()) for text in sentences[:, 0]]
         else:
+            assert tokens is not None and sequence_lengths is not None, "one of the two forms"
             lengths = sequence_lengths[:, 0].tolist()
             sequences = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
         reasons = [self._refusal(sequence) for sequence in sequences]

@@ -24,7 +24,7 @@ from nemo_aligner.utils.utils import load_from_nemo
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_warp.aligner.policy.stored_config import stored_config
-from nemo_warp.config import to_plain
+from nemo_warp.config import overlaid, to_plain
 from nemo_warp.records import code_version, config_hash, hash_file, write_json_atomically
 
 _MIN_LR_SHARE = 0.1
@@ -129,7 +129,7 @@ def _nemo_tree(config: Any) -> DictConfig:
         "optim": _optimizer(plain["optim"]),
         "overwrite_base_config": {"optim": True, "data": True},
     }
-    overrides = OmegaConf.merge(model, plain["model"]["extra"])
+    overrides = overlaid(model, plain["model"]["extra"])
     tree = OmegaConf.create({"trainer": trainer, "exp_manager": {}, "model": {}})
     tree.model = stored_config(plain["init"], overrides)
     return tree

@@ -103,7 +103,7 @@ class RewardSource:
     @property
     def fingerprints(self) -> dict[str, str]:
         """Reward name -> fingerprint of what answers; the same on every rank."""
-        found = [self._mixture.fingerprints if self._mixture else None]
+        found: list[Any] = [self._mixture.fingerprints if self._mixture else None]
         torch.distributed.broadcast_object_list(found, src=0)
         return found[0]
 
@@ -213,13 +213,13 @@ def response_texts(actor: Any, output: dict[str, Tensor]) -> list[str]:
     return texts
 
 
-def _check_same(expected: dict[str, str] | None, found: dict[str, str]) -> None:
-    changed = [name for name in expected or {} if found.get(name) != expected[name]]
-    if changed:
-        name = changed[0]
+def _check_same(expected: dict[str, str] | None, found: Mapping[str, str | None]) -> None:
+    for name, known in (expected or {}).items():
+        if found.get(name) == known:
+            continue
         raise RewardError(
             f"reward '{name}' is not the one the run was begun with (fingerprint "
-            f"{found.get(name)}, expected {expected[name]}); serve that one again, or start the "
+            f"{found.get(name)}, expected {known}); serve that one again, or start the "
             "member again in a new directory"
         )
 

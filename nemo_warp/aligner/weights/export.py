@@ -13,7 +13,7 @@ import pickle
 import shutil
 import tarfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from nemo.utils.callbacks.dist_ckpt_io import DistributedCheckpointIO
@@ -116,7 +116,7 @@ def _configuration_and_artifacts(source: Path) -> dict[str, bytes]:
         }
     with tarfile.open(source) as archive:
         return {
-            member.name.removeprefix("./"): archive.extractfile(member).read()
+            member.name.removeprefix("./"): cast("IO[bytes]", archive.extractfile(member)).read()
             for member in archive.getmembers()
             if member.isfile() and _is_artifact(member.name.removeprefix("./"))
         }

@@ -45,8 +45,8 @@ def reachable_masters(model: Any) -> bool:
 @torch.no_grad()
 def set_masters(model: Any, weights: ShardedWeights) -> None:
     """Start the masters from ``weights`` instead of the rounded parameters. Collective."""
-    values = zip(model_parameters(model), weights.tensors(torch.float32), strict=True)
-    own = {id(parameter): tensor for parameter, tensor in values}
+    pairs = zip(model_parameters(model), weights.tensors(torch.float32), strict=True)
+    own = {id(parameter): tensor for parameter, tensor in pairs}
     for master in _masters(model):
         stop = master.start + master.weights.numel()
         values = own[id(master.parameter)].reshape(-1)[master.start : stop]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import tarfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -134,7 +135,7 @@ class RangeReader(io.RawIOBase):
         super().close()
 
 
-def _directory_members(path: Path):
+def _directory_members(path: Path) -> Iterator[tuple[str, Record]]:
     """Files below a folder; nothing outside it is read, so links must stay inside."""
     root = path.resolve()
     for file in sorted(islice(path.rglob("*"), MAX_FILES + 1)):
@@ -152,7 +153,7 @@ def _directory_members(path: Path):
             yield name, Record(file, 0, file.stat().st_size)
 
 
-def _tar_members(path: Path):
+def _tar_members(path: Path) -> Iterator[tuple[str, Record]]:
     size = path.stat().st_size
     with path.open("rb") as stream:
         if stream.read(2) == b"\x1f\x8b":

@@ -122,6 +122,7 @@ def retype_pickle(pickle: bytes, rule: DtypeRule) -> bytes:
         return pickle
     parts, end = [], 0
     for opcode, argument, position in pickletools.genops(pickle):
+        assert position is not None  # as bytes are read, not a stream that cannot tell
         if opcode.name == "STACK_GLOBAL":
             raise CheckpointError("a data.pkl of this pickle protocol cannot change its dtype")
         if opcode.name == "GLOBAL" and argument in changed:

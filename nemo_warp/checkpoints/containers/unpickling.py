@@ -70,6 +70,8 @@ class Inert:
     """
 
     __slots__ = ("arguments", "state")
+    arguments: tuple[Any, ...]
+    state: Any
 
     def __new__(cls, *arguments: Any) -> Inert:  # noqa: D102
         made = super().__new__(cls)
@@ -148,7 +150,9 @@ _STORAGE_DTYPES = {
 }
 
 
-def _rebuild_tensor(storage, offset, size, stride, *_ignored) -> StoredTensor:
+def _rebuild_tensor(
+    storage: Any, offset: Any, size: Any, stride: Any, *_ignored: Any
+) -> StoredTensor:
     shape, stride = tuple(_size(size)), tuple(_size(stride))
     numbers = (offset, *shape, *stride)
     if not isinstance(storage, StoredStorage) or len(shape) != len(stride):
@@ -163,7 +167,16 @@ def _rebuild_tensor(storage, offset, size, stride, *_ignored) -> StoredTensor:
     return StoredTensor(storage, offset, shape, stride)
 
 
-def _rebuild_untyped(storage, offset, size, stride, _grad, _hooks, dtype, *_ignored):
+def _rebuild_untyped(
+    storage: Any,
+    offset: Any,
+    size: Any,
+    stride: Any,
+    _: Any,
+    _hooks: Any,
+    dtype: Any,
+    *_ignored: Any,
+) -> StoredTensor:
     """A dtype that has no storage class of its own, such as float8: the storage counts bytes."""
     if not isinstance(storage, StoredStorage) or not isinstance(dtype, torch.dtype):
         raise CheckpointError("a tensor description is malformed")
@@ -179,15 +192,15 @@ def _size(dimensions: Any = ()) -> torch.Size:
     return torch.Size(dimensions)
 
 
-def _rebuild_parameter(data, *_ignored):
+def _rebuild_parameter(data: Any, *_ignored: Any) -> Any:
     return data
 
 
-def _opaque(*arguments) -> Opaque:
+def _opaque(*arguments: Any) -> Opaque:
     return Opaque(arguments)
 
 
-def _empty_dict(*arguments) -> OrderedDict:
+def _empty_dict(*arguments: Any) -> OrderedDict:
     if arguments:
         raise CheckpointError("an OrderedDict is built in an unusual way")
     return OrderedDict()
@@ -243,27 +256,31 @@ def _check_key(key: Any) -> None:
         raise CheckpointError("a dictionary key is neither text, number nor tensor index")
 
 
-class _RestrictedUnpickler(pickle._Unpickler):  # pure Python: the C one can be told to allocate
-    dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
+# In pure Python, because the one in C can be told to allocate; typeshed knows no method of it.
+_PythonUnpickler: Any = vars(pickle)["_Unpickler"]
 
-    def __init__(self, data: bytes, allowed: dict[tuple[str, str], Any]):
+
+class _RestrictedUnpickler(_PythonUnpickler):
+    dispatch: ClassVar[dict[int, Any]] = dict(_PythonUnpickler.dispatch)
+
+    def __init__(self, data: bytes, allowed: dict[tuple[str, str], Any]) -> None:
         super().__init__(io.BytesIO(data))
         self._allowed = allowed
 
-    def _load_setitem(self):
+    def _load_setitem(self) -> None:
         _check_key(self.stack[-2])
         self.load_setitem()
 
-    def _load_setitems(self):
+    def _load_setitems(self) -> None:
         for key in self.stack[::2]:
             _check_key(key)
         self.load_setitems()
 
-    def _load_reduce(self):
+    def _load_reduce(self) -> None:
         self._check_arguments(self.stack[-1])
         self.load_reduce()
 
-    def _load_newobj(self):
+    def _load_newobj(self) -> None:
         self._check_arguments(self.stack[-1])
         made = self.stack[-2]
         if not (isinstance(made, type) and issubclass(made, Inert)):
@@ -274,7 +291,7 @@ class _RestrictedUnpickler(pickle._Unpickler):  # pure Python: the C one can be 
         if type(arguments) is not tuple or len(arguments) > _MAX_AXES:
             raise CheckpointError("calls something with too many arguments; refused")
 
-    def _load_build(self):
+    def _load_build(self) -> None:
         state = self.stack.pop()
         target = self.stack[-1]
         if isinstance(target, Inert):
@@ -338,9 +355,17 @@ def load_metadata_pickle(data: bytes, what: str) -> metadata.Metadata:
         described = {key: _described(entry) for key, entry in described.items()}
     if isinstance(places, dict):
         places = {_key(key, what): _place(place) for key, place in places.items()}
-    made = metadata.Metadata(described, fields.get("planner_data"), places)
+    made = _METADATA_CLASS(described, fields.get("planner_data"), places)
     made.mcore_data = fields.get("mcore_data")
     return made
+
+
+# torch's own classes, filled with whatever the pickle holds: who reads a field checks it.
+_METADATA_CLASS: Any = metadata.Metadata
+_TENSOR_CLASS: Any = metadata.TensorStorageMetadata
+_PROPERTIES_CLASS: Any = metadata.TensorProperties
+_CHUNK_CLASS: Any = metadata.ChunkStorageMetadata
+_PLACE_CLASS: Any = filesystem._StorageInfo
 
 
 def _described(entry: Any) -> Any:
@@ -356,15 +381,15 @@ def _described(entry: Any) -> Any:
     if isinstance(properties, _Properties):  # torch gives it a tuple for a state
         state = properties.state
         dtype = state[0] if isinstance(state, tuple) and state else None
-        properties = metadata.TensorProperties(dtype=dtype)
-    return metadata.TensorStorageMetadata(properties, fields.get("size"), chunks)
+        properties = _PROPERTIES_CLASS(dtype=dtype)
+    return _TENSOR_CLASS(properties, fields.get("size"), chunks)
 
 
 def _chunk(chunk: Any) -> Any:
     if not isinstance(chunk, _Chunk):
         return chunk
     fields = chunk.fields()
-    return metadata.ChunkStorageMetadata(fields.get("offsets"), fields.get("sizes"))
+    return _CHUNK_CLASS(fields.get("offsets"), fields.get("sizes"))
 
 
 def _key(key: Any, what: str) -> Any:
@@ -380,7 +405,7 @@ def _place(place: Any) -> Any:
     if not isinstance(place, _Place):
         return place
     fields = place.fields()
-    made = filesystem._StorageInfo(*(fields.get(n) for n in ("relative_path", "offset", "length")))
+    made = _PLACE_CLASS(*(fields.get(n) for n in ("relative_path", "offset", "length")))
     if fields.get("transform_descriptors"):
         made.transform_descriptors = True  # only whether there are any matters
     return made

@@ -100,14 +100,21 @@ def _check_same_model(checkpoint: Checkpoint, keys: dict[str, Any], hf: dict[str
         raise ValueError(f"{checkpoint.path} is a reward model; only policies are exported")
 
 
-def _write_weights(checkpoint, joined: list[Joined], folder: Path, limit, progress) -> None:
+def _write_weights(
+    checkpoint: Checkpoint,
+    joined: list[Joined],
+    folder: Path,
+    limit: int,
+    progress: Callable[[int], object],
+) -> None:
     tensors = checkpoint.tensors
     shards: list[list[Joined]] = [[]]
     for one in joined:
         if shards[-1] and sum(nbytes(o, tensors) for o in (*shards[-1], one)) > limit:
             shards.append([])
         shards[-1].append(one)
-    table, count = {}, len(shards)
+    table: dict[str, str] = {}
+    count = len(shards)
     with FileCache() as files:
         rows = Rows(tensors, files)
         for number, shard in enumerate(shards, 1):
@@ -118,7 +125,7 @@ def _write_weights(checkpoint, joined: list[Joined], folder: Path, limit, progre
                 stream.write(make_header(described, {"format": "pt"}))
                 for one in shard:
                     for _, data in rows.portions(one):
-                        stream.write(data)
+                        stream.write(memoryview(data))
                         progress(data.nbytes)
         rows.check()
     if count > 1:

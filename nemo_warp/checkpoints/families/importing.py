@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
@@ -16,6 +16,7 @@ from nemo_warp.checkpoints.families.publishing import new_file
 from nemo_warp.checkpoints.families.streaming import Rows, check_complete
 from nemo_warp.checkpoints.families.tensors import megatron_tensors
 from nemo_warp.checkpoints.families.tokenizer import carried_files, tokenizer_section
+from nemo_warp.checkpoints.formats.safetensors import SafetensorsStore
 from nemo_warp.checkpoints.io.reading import FileCache
 from nemo_warp.checkpoints.logical import LogicalTensor
 from nemo_warp.checkpoints.names import hugging_face_name
@@ -107,7 +108,8 @@ def _open_hugging_face(source: Path) -> Checkpoint:
 
 def _by_hf_name(checkpoint: Checkpoint, keys: dict[str, Any]) -> dict[str, LogicalTensor]:
     """Hugging Face's key -> tensor, without copies that some writers store as well."""
-    found = {key: checkpoint.tensors[hugging_face_name(key)] for key in checkpoint.store.stored}
+    store = cast("SafetensorsStore", checkpoint.store)  # as `_open_hugging_face` made sure
+    found = {key: checkpoint.tensors[hugging_face_name(key)] for key in store.stored}
     dropped = [key for key in found if key.endswith(".rotary_emb.inv_freq")]
     if keys["share_embeddings_and_output_weights"]:
         dropped += [key for key in found if key == "lm_head.weight"]  # a copy of the embedding

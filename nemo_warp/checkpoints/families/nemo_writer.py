@@ -91,7 +91,7 @@ class DistributedWriter:
 
     def metadata(self) -> bytes:
         """``.metadata``, for when everything is added."""
-        described = {
+        described: dict[str, dcp.TensorStorageMetadata | dcp.BytesStorageMetadata] = {
             key: dcp.TensorStorageMetadata(
                 dcp.TensorProperties(dtype=dtype), shape, self._chunks[key]
             )
@@ -99,7 +99,7 @@ class DistributedWriter:
         }
         paths = {key: (key,) for key in described}
         found = dcp.Metadata(described, planner_data=paths, storage_data=self._places)
-        found.mcore_data = {}
+        vars(found)["mcore_data"] = {}  # Megatron-core's own field
         return pickle.dumps(found, protocol=4)
 
 

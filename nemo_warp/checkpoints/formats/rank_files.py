@@ -97,7 +97,7 @@ class RankFileStore:
                 f"{self._num_pp} pipeline ranks; it is incomplete"
             )
         activation = str(config.get("activation", "")).removeprefix("fast-")
-        self._gated = _GATED if activation in _GATED_ACTIVATIONS else ()
+        self._gated: tuple[str, ...] = _GATED if activation in _GATED_ACTIVATIONS else ()
         if self._gated and str(config.get("activation", "")).startswith("fast-"):
             self._gated += _GATED_BEFORE_MCORE
         self._tied = bool(config.get("share_embeddings_and_output_weights", True))
@@ -188,14 +188,13 @@ class RankFileStore:
         tied = self._num_pp > 1 and self._tied and OUTPUT in by_name and EMBEDDING in by_name
         copies = {OUTPUT: by_name.pop(OUTPUT)} if tied else {}
         experts: dict[str, list[tuple[int, list[Shard]]]] = defaultdict(list)
-        for name in [name for name in by_name if _EXPERT.match(name)]:
-            match = _EXPERT.match(name)
+        for name, match in [(n, m) for n in by_name if (m := _EXPERT.match(n))]:
             experts[f"{match['head']}.experts.{match['rest']}"].append(
                 (int(match["index"]), by_name.pop(name))
             )
         tensors = {name: self._tensor(name, found, locate) for name, found in by_name.items()}
-        for name, found in experts.items():
-            tensors[name] = self._expert_tensor(name, sorted(found), locate)
+        for name, of_layer in experts.items():
+            tensors[name] = self._expert_tensor(name, sorted(of_layer), locate)
         for name, found in copies.items():
             copy = self._tensor(name, found, locate)
             tensors[EMBEDDING] = replace(tensors[EMBEDDING], replicas=(copy.patches,))
@@ -213,7 +212,9 @@ class RankFileStore:
         replicas = [logical_tensors([(name, c)], self.where)[name].patches for c in copies]
         return replace(tensor, replicas=tuple(replicas))
 
-    def _expert_tensor(self, name, experts, locate) -> LogicalTensor:
+    def _expert_tensor(
+        self, name: str, experts: list[tuple[int, list[Shard]]], locate: Locate
+    ) -> LogicalTensor:
         """Experts of one layer as one tensor with an axis over experts in front."""
         parts = [self._stacked(name, shards, locate) for _, shards in experts]
         if [index for index, _ in experts] != list(range(len(experts))) or any(
@@ -252,7 +253,15 @@ class RankFileStore:
         return StackedTensor(name, tuple(shape), dtype, tuple(blocks))
 
 
-def _blocks(shard, index, count, axis, halves, record, dtype) -> Iterator[Block]:
+def _blocks(
+    shard: Shard,
+    index: int,
+    count: int,
+    axis: int,
+    halves: int,
+    record: Record,
+    dtype: torch.dtype,
+) -> Iterator[Block]:
     """The shard's place in the whole tensor; [gate; up] is two places."""
     sizes, start = list(shard.tensor.shape), shard.tensor.offset * dtype.itemsize
     if sizes and count > 1:

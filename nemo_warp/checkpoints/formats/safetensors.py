@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -99,7 +99,8 @@ class SafetensorsStore:
         for name, shard in self.shards.items():
             files.append(FileImage(prefix + name))
             places += list(_fill(files[-1], shard, rule))
-            total += files[-1].size - len(files[-1].pieces[0][1])  # all but the header
+            header = cast("bytes", files[-1].pieces[0][1])
+            total += files[-1].size - len(header)
         if self.index is not None:
             metadata = {**(self.index.get("metadata") or {}), "total_size": total}
             files.append(_json_file(prefix + INDEX, {**self.index, "metadata": metadata}))
@@ -130,7 +131,7 @@ class SafetensorsStore:
 
     def _by_key(self) -> dict[str, Stored]:
         found: dict[str, Stored] = {}
-        table = (self.index or {}).get("weight_map")
+        table: dict[str, str] = (self.index or {}).get("weight_map") or {}
         for name, shard in self.shards.items():
             for tensor in shard.tensors:
                 if tensor.key in found or (table and table.get(tensor.key) != name):
@@ -138,7 +139,7 @@ class SafetensorsStore:
                         f"{self.where}: {name} holds {tensor.key}, which is not where {INDEX} says"
                     )
                 found[tensor.key] = tensor
-        for key in table or ():
+        for key in table:
             if key not in found:
                 raise CheckpointError(
                     f"{self.where}: {key} is not in {table[key]}, where {INDEX} says; "
@@ -256,7 +257,9 @@ def _fill(file: FileImage, shard: Shard, rule: DtypeRule) -> Iterator[tuple]:
         file.size += size
 
 
-def _logical(placed, where: str) -> dict[str, LogicalTensor]:
+def _logical(
+    placed: Iterable[tuple[str, torch.dtype, tuple[int, ...], Record]], where: str
+) -> dict[str, LogicalTensor]:
     found = (
         (
             hugging_face_name(key),

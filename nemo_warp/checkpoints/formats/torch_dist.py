@@ -143,6 +143,7 @@ class TorchDistStore:
     def _blocks(
         self, item: Item, record: Record, start: int, dtype: torch.dtype
     ) -> Iterator[Block]:
+        assert item.chunk is not None, item.key
         offsets, sizes = tuple(item.chunk.offsets), tuple(item.chunk.sizes)
         shape, stored = self._shape(item.key), tuple(self._index.described(item.key).size)
         if len(shape) == len(stored):
@@ -162,7 +163,7 @@ class TorchDistStore:
 
     def _new_metadata(self, moved: dict[Item, _StorageInfo], rule: DtypeRule) -> bytes:
         """``.metadata`` built afresh from what was understood of the old one."""
-        described: dict[str, object] = {}
+        described: dict[str, dcp.TensorStorageMetadata | dcp.BytesStorageMetadata] = {}
         for item in moved:
             if item.chunk is None:
                 described[item.key] = dcp.BytesStorageMetadata()
@@ -177,7 +178,8 @@ class TorchDistStore:
         }
         paths = {key: (key,) for key in described} | _paths(self._index.metadata, described)
         new = dcp.Metadata(described, planner_data=paths, storage_data=storage)
-        new.mcore_data = {}  # describes flattened optimizer tensors, which are not kept
+        # Megatron-core's own field: it describes flattened optimizer tensors, which are not kept.
+        vars(new)["mcore_data"] = {}
         return pickle.dumps(new, protocol=4)
 
 

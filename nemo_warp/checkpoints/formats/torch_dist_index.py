@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch.distributed.checkpoint import metadata as dcp
@@ -58,7 +59,7 @@ class TorchDistIndex:
 
     def described(self, key: str) -> dcp.TensorStorageMetadata:
         """Shape and dtype of a tensor's key."""
-        return self.metadata.state_dict_metadata[key]
+        return cast("dcp.TensorStorageMetadata", self.metadata.state_dict_metadata[key])
 
     def is_floating(self, item: Item) -> bool:
         """Whether the item is a shard of a floating tensor that has elements."""
@@ -80,6 +81,7 @@ class TorchDistIndex:
             CheckpointError: it is not what ``.metadata`` says.
         """
         tensor, dtype = self.zip(item).root, self.described(item.key).properties.dtype
+        assert item.chunk is not None, item.key
         sizes = tuple(item.chunk.sizes)
         is_tensor = isinstance(tensor, StoredTensor) and tensor.is_contiguous
         if not is_tensor or tensor.shape != sizes or tensor.storage.dtype != dtype:
@@ -136,11 +138,13 @@ def _is_place(info: object) -> bool:
     return whole and isinstance(place.get("relative_path"), str)
 
 
-def _described_chunks(metadata: dcp.Metadata, where: str) -> dict[str, dict[tuple, object]]:
+def _described_chunks(
+    metadata: dcp.Metadata, where: str
+) -> dict[str, dict[tuple, dcp.ChunkStorageMetadata]]:
     """Key -> shard offsets -> chunk, after checking that every description is well formed."""
     if not isinstance(metadata.state_dict_metadata, dict):
         raise CheckpointError(f"{where}: .metadata describes nothing")
-    result: dict[str, dict[tuple, object]] = {}
+    result: dict[str, dict[tuple, dcp.ChunkStorageMetadata]] = {}
     for key, described in metadata.state_dict_metadata.items():
         if isinstance(described, dcp.BytesStorageMetadata):
             continue
@@ -150,7 +154,7 @@ def _described_chunks(metadata: dcp.Metadata, where: str) -> dict[str, dict[tupl
     return result
 
 
-def _is_well_formed(described: object) -> bool:
+def _is_well_formed(described: Any) -> bool:
     try:
         dims = len(described.size)
         shapes = [described.size]

@@ -80,7 +80,9 @@ class ZarrStore:
         """Layout of an output with this checkpoint's files, keys and shards."""
         files: dict[str, FileImage] = {}
 
-        def hole(key: str, name: str, record: Record, dtype: torch.dtype):
+        def hole(
+            key: str, name: str, record: Record, dtype: torch.dtype
+        ) -> tuple[Record, torch.dtype]:
             new = rule(dtype)
             file = FileImage(prefix + name, record.size // dtype.itemsize * new.itemsize)
             files[name] = file

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -123,6 +124,12 @@ def pages(size: int) -> np.ndarray:
     with suppress(OSError):  # a kernel without them
         memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, np.uint8, size)
+
+
+def release(buffer: np.ndarray) -> None:
+    """Give memory from `pages` back to the system at once, whoever still knows of it."""
+    view = cast("memoryview", buffer.base)
+    cast("mmap.mmap", view.obj).madvise(mmap.MADV_DONTNEED)
 
 
 def scratch(name: str, size: int) -> np.ndarray:

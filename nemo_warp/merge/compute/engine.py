@@ -95,7 +95,8 @@ class Engine:
             for slab in slabs_of(tensor.true_rows, source.rows, source.cols)
         ]
         keep = group.name not in self._twice
-        tasks = [(self._measure, self._memory.ticket(), keep, *place) for place in slabs]
+        tasks: list[tuple] = []
+        tasks += [(self._measure, self._memory.ticket(), keep, *place) for place in slabs]
         tasks += [(self._read_padding, *place) for place in padding]
 
         def finish(found: list) -> GroupMeasure:
@@ -128,7 +129,7 @@ class Engine:
             for tensor in group.tensors
             for slab in slabs_of(tensor.true_rows, tensor.target.rows, tensor.target.cols)
         ]
-        tasks = [
+        tasks: list[tuple] = [
             (self._merge, tensor, slab, inputs, coefficients[tensor.unit])
             for (tensor, slab), inputs in zip(slabs, measure.inputs, strict=True)
         ]
@@ -140,9 +141,9 @@ class Engine:
                 sources = [source for tensor in group.tensors for source in tensor.sources]
                 check_records(self._files, sources, again)
             units: dict[str, UnitResult] = {}
-            for (tensor, slab), (_, *measured, _) in zip(slabs, found, strict=False):
+            for (tensor, slab), (_, moved, changed, _) in zip(slabs, found, strict=False):
                 unit, size = tensor.unit, slab.rows * tensor.target.cols
-                share = UnitResult(measure.grams[unit], coefficients[unit], *measured, size)
+                share = UnitResult(measure.grams[unit], coefficients[unit], moved, changed, size)
                 if unit in units:
                     units[unit].add(share)
                 else:
@@ -199,11 +200,17 @@ class Engine:
         buffer = self._again.take(room_bytes(tensor, slab))
         measured = self._kernel.measure(tensor, slab, buffer)
         parts = [part for read in measured.parts for part in read]
+        assert measured.inputs is not None
         merged = self._merge_slab(tensor, slab, measured.inputs, coefficients, self._again)
         return *merged, parts
 
     def _merge_slab(
-        self, tensor: TensorPlan, slab: Slab, inputs: Inputs, coefficients: np.ndarray, memory
+        self,
+        tensor: TensorPlan,
+        slab: Slab,
+        inputs: Inputs,
+        coefficients: np.ndarray,
+        memory: Memory,
     ) -> tuple[list[list[Future]], np.ndarray, np.ndarray]:
         count = len(self.outputs)
         projections, changed = np.zeros(count), np.zeros(count, np.int64)

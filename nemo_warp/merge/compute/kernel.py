@@ -51,13 +51,13 @@ class Measured:
     """What the first reading of a slab finds.
 
     Attributes:
-        inputs: the slab.
+        inputs: the slab; None once its memory was given back.
         grams: [B, N, N] Gram matrices of (theta_init, delta_1 ..) over the slab's blocks.
         pieces: per input, CRC-32 of the slab's bytes in logical order, and how many they are.
         parts: per input, what was read.
     """
 
-    inputs: Inputs
+    inputs: Inputs | None
     grams: np.ndarray
     pieces: list[tuple[int, int]]
     parts: list[list[Part]]

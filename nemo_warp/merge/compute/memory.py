@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import mmap
 import threading
 from collections import defaultdict
 
 import numpy as np
 
-from nemo_warp.checkpoints.io.direct import pages
+from nemo_warp.checkpoints.io.direct import pages, release
 
 
 class Memory:
@@ -91,6 +90,6 @@ class Memory:
         for free in self._free.values():
             while free and size > 0:
                 buffer = free.pop()
-                buffer.base.obj.madvise(mmap.MADV_DONTNEED)  # at once, whoever still knows of it
+                release(buffer)
                 self._allocated -= len(buffer)
                 size -= len(buffer)

@@ -164,6 +164,7 @@ class Transaction:
                     path.unlink()
 
     def _sealed_outputs(self) -> Iterator[tuple[Path, Path, int]]:
+        assert self._sealed is not None
         contents = contents_of(self.finals, self._sealed["attempt"])
         yield from zip(self.finals, contents, self._sealed["inodes"], strict=True)
 

@@ -85,7 +85,14 @@ class _Comparison:
         targets: the tensor in each output.
     """
 
-    def __init__(self, files, plan: MergePlan, tensor: TensorPlan, coefficients, targets):
+    def __init__(
+        self,
+        files: FileCache,
+        plan: MergePlan,
+        tensor: TensorPlan,
+        coefficients: np.ndarray,
+        targets: list[LogicalTensor],
+    ) -> None:
         self._files, self._plan, self._tensor = files, plan, tensor
         self._coefficients, self._targets = coefficients, targets
         self._parts: list[Part] = []

@@ -60,12 +60,13 @@ class Meter:
 
     def _floor(self, *rates: tuple[float, float] | None) -> float | None:
         """Seconds, from two pairs of seconds per byte read and written."""
-        if None in rates:
+        known = [pair for pair in rates if pair is not None]
+        if len(known) < len(rates):
             return None
         total = 0.0
         for size, found in (
-            (self._plan.input_bytes, [read for read, _ in rates]),
-            (self._written, [written for _, written in rates]),
+            (self._plan.input_bytes, [read for read, _ in known]),
+            (self._written, [written for _, written in known]),
         ):
             if max(found) > STEADY * min(found):
                 return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import combinations
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -16,7 +16,9 @@ REALISED_TOLERANCE = 0.05
 WIDE_DEGREES = 120.0
 
 
-def unit_statistics(unit: UnitResult, etas: tuple[float, ...], towards: int, num_policies: int):
+def unit_statistics(
+    unit: UnitResult, etas: tuple[float, ...], towards: int, num_policies: int
+) -> dict[str, Any]:
     """What the report says about one unit.
 
     Returns:
@@ -82,16 +84,17 @@ def _whole_model(units: list[UnitResult]) -> UnitResult:
     return UnitResult(
         exact_sum([unit.gram for unit in units]),
         units[0].coefficients,
-        sum(unit.projections for unit in units),
-        sum(unit.changed for unit in units),
+        np.sum([unit.projections for unit in units], axis=0),
+        np.sum([unit.changed for unit in units], axis=0),
         sum(unit.num_elements for unit in units),
     )
 
 
 def _mean_realised(units: dict[str, UnitResult], towards: int) -> list[float | None]:
     """Realised eta over the model: the units' mean, weighted by their task vectors' squares."""
-    pairs = [(unit.realised_etas(towards), unit.task_vector_square()) for unit in units.values()]
-    pairs = [(etas, square) for etas, square in pairs if square > 0.0]
+    found = [(unit.realised_etas(towards), unit.task_vector_square()) for unit in units.values()]
+    # a unit without a task vector has no realised eta
+    pairs = [(cast("list[float]", etas), square) for etas, square in found if square > 0.0]
     total = math.fsum(square for _, square in pairs)
     count = len(next(iter(units.values())).projections)
     if total == 0.0:

@@ -91,7 +91,8 @@ def what_changes(recipe: Recipe, pins: dict[str, str]) -> Change:
         )
     _ = recipe.pinned  # without its pins nobody knows what the stages were made from
     before = {stage.name: stage for stage in stored.stages}
-    contents, reasons = Expected(recipe, pins), {}
+    contents = Expected(recipe, pins)
+    reasons: dict[str, str] = {}
     for stage in recipe.stages:
         reason = _reason(recipe, stage, before.get(stage.name), reasons, contents)
         if reason is not None:

@@ -135,6 +135,7 @@ def _merge(recipe: Recipe, stage: Stage, contents: Contents) -> Request:
     config = {key: value for key, value in settings.items() if value is not None}
     towards = Path(values["sft"]) if config["towards"] == "sft" else None
     # The next init is written while the layers are in memory anyway: one pass gives both.
+    names_by_eta: dict[float, tuple[str, ...]]
     names_by_eta = {1.0: (merge.slerp.name,), config["eta"]: (merge.next_init.name,)}
     if config["eta"] == 1.0:
         names_by_eta = {1.0: (merge.slerp.name, merge.next_init.name)}
@@ -213,7 +214,7 @@ def _final(recipe: Recipe, stage: Stage, contents: Contents) -> Request:
     slerp, sft = recipe.paths.stage(merge).slerp, Path(recipe.values["sft"])
     kappa = recipe.values["front"]["final_kappa"]
     inputs = {"sft": contents.pinned("sft"), "slerp": contents.published(merge, slerp.name)}
-    names_by_eta = {kappa: (final.policy.name,)}
+    names_by_eta: dict[float, tuple[str, ...]] = {kappa: (final.policy.name,)}
     words = _merge_words(final, sft, [slerp], names_by_eta, (), None)
     config, outputs = {"kappa": kappa}, (final.policy.name,)
     return Request(FINAL, config, inputs, (sft, slerp), outputs, (words,), _building(names_by_eta))
@@ -221,8 +222,8 @@ def _final(recipe: Recipe, stage: Stage, contents: Contents) -> Request:
 
 def _report(recipe: Recipe, stage: Stage, contents: Contents) -> Request:
     inputs = {name: contents.all_published(name) for name in stage.needs}
-    words = ("-m", "nemo_warp.reporting.curves", str(recipe.paths.root))
-    words += ("--output", str(recipe.paths.stage(stage.name).directory))
+    output = str(recipe.paths.stage(stage.name).directory)
+    words = ("-m", "nemo_warp.reporting.curves", str(recipe.paths.root), "--output", output)
     return Request(REPORT, {}, inputs, (), ("curves.png", "table.md"), (words,))
 
 

@@ -57,13 +57,13 @@ def for_slurm() -> dict[str, str]:
     A job is told its devices by Slurm: the caller's are not its.
     """
     kept = {k: v for k, v in os.environ.items() if not _is_order(k) and k not in _DEVICES}
-    return kept | _chosen(_WHERE)
+    return {**kept, **_chosen(_WHERE)}
 
 
 def for_steps() -> dict[str, str]:
     """Environment of a stage's programs, started here or by ``srun``."""
     kept = {k: v for k, v in os.environ.items() if not _is_order(k)}
-    return kept | _chosen(_WHERE | _ABOUT_THE_JOB)
+    return {**kept, **_chosen(_WHERE | _ABOUT_THE_JOB)}
 
 
 def for_srun() -> dict[str, str]:

@@ -76,16 +76,16 @@ def programs(
     paths = recipe.paths.stage(stage.name)
     if custom is not None:
         fill = {"directory": paths.directory, "config": paths.config, "run": recipe.paths.root}
-        words = [_filled(str(word), python=allocation.python, **fill) for word in custom]
-        return [Step(stage.kind, (*words, *_endpoints(request, directory)), allocation.hosts[:1])]
+        filled = [_filled(str(word), python=allocation.python, **fill) for word in custom]
+        return [Step(stage.kind, (*filled, *_endpoints(request, directory)), allocation.hosts[:1])]
     if request.commands:
         return [
             Step(stage.kind, (allocation.python, *words), allocation.hosts[:1])
             for words in request.commands
         ]
     module = _MODULES[MEMBER if stage.kind == MEMBER else "measure"]
-    words = (allocation.python, "-m", module, "--config", str(paths.config))
-    words += _endpoints(request, directory)
+    options = ("--config", str(paths.config), *_endpoints(request, directory))
+    words = (allocation.python, "-m", module, *options)
     trainer = request.config["trainer"]
     hosts = allocation.hosts[: trainer["num_nodes"]]
     exit_file = directory / f"{stage.kind}.exit"

@@ -216,9 +216,9 @@ def load_recipe(source: Path, overrides: Sequence[str] = (), files_here: bool = 
     recipe = Recipe(values, RunPaths(Path(values["run_directory"])), (str(source), *overrides))
     for iteration in range(1, values["iterations"] + 1):
         for member in range(1, values["members"] + 1):
-            config = recipe._resolved_member(iteration, member)  # names unknown keys
+            resolved = recipe._resolved_member(iteration, member)  # names unknown keys
             try:
-                check_member(config, values)
+                check_member(resolved, values)
             except ValueError as error:
                 where = f"{file}: iteration {iteration}, member {member}"
                 raise ValueError(f"{where}: {error}") from None

@@ -23,14 +23,22 @@ def title(run: Path) -> str:
     return f"{_recipe(run).get('name') or run.resolve().name}: a WARP run"
 
 
+def caption(run: Path) -> str:
+    """The recipe's name and rewards, for pictures."""
+    return f"{_recipe(run).get('name') or run.resolve().name}, trained on {_rewards(run)}"
+
+
 def subtitle(run: Path) -> str:
     """Iterations, members and rewards in a line."""
     recipe = _recipe(run)
-    rewards = ", ".join(recipe.get("rewards") or {}) or "unknown rewards"
     return (
         f"{recipe.get('iterations', '?')} iterations of {recipe.get('members', '?')} members; "
-        f"trained on {rewards}; further up and to the left is better"
+        f"trained on {_rewards(run)}; further up and to the left is better"
     )
+
+
+def _rewards(run: Path) -> str:
+    return ", ".join(_recipe(run).get("rewards") or {}) or "unknown rewards"
 
 
 def angles(run: Path) -> dict[int, dict[str, float]]:
