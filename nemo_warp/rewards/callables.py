@@ -168,11 +168,14 @@ def outcomes_together(
             raise ValueError(f"the reward returned {len(values)} scores for {len(places)} samples")
         return values
 
+    def alone(place: int) -> float:
+        return call([place])[0]
+
     try:
         found = [_checked(value) for value in call(good)]
     except BaseException as error:  # find the sample it failed on
         log.warning("a batch of %d failed, scoring one by one: %s", len(good), reason_of(error))
-        found = [_attempt(lambda place=place: call([place])[0]) for place in good]
+        found = [_attempt(partial(alone, place)) for place in good]
     for place, outcome in zip(good, found, strict=True):
         outcomes[place] = outcome
     return outcomes

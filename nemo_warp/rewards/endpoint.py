@@ -85,7 +85,9 @@ class Endpoint:
         """
         try:
             raw = json.loads(path.read_text())
-            values = {field.name: raw[field.name] for field in fields(cls) if field.name in raw}
+            values: dict[str, Any] = {
+                field.name: raw[field.name] for field in fields(cls) if field.name in raw
+            }
             return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
         except FileNotFoundError:
             return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,6 +88,7 @@ class Scoring:
         self._score = score
         self._together = together
         self._workers: Workers | AsyncWorkers
+        self._work: Callable[[list[Sample]], Any]
         if is_async(score):
             self._workers, self._work = AsyncWorkers(concurrency, "callable"), self._one_async
         else:

@@ -83,7 +83,7 @@ def infer(endpoint: Endpoint, samples: Sequence[Sample], timeout_s: float) -> Re
     """
     from tritonclient.http import InferInput
 
-    columns = {
+    columns: dict[str, tuple[str, list[Any]]] = {
         "sentences": ("BYTES", [(s.prompt + s.response).encode() for s in samples]),
         "prompt_lengths": ("INT64", [len(s.prompt) for s in samples]),
         "fields": ("BYTES", [_taken(s.fields, endpoint.takes) for s in samples]),
