@@ -85,10 +85,12 @@ class Endpoint:
         """
         try:
             raw = json.loads(path.read_text())
+            known = [field.name for field in fields(cls) if field.name in raw]
             values: dict[str, Any] = {
-                field.name: raw[field.name] for field in fields(cls) if field.name in raw
+                name: tuple(raw[name]) if isinstance(raw[name], list) else raw[name]
+                for name in known
             }
-            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+            return cls(**values)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, KeyError) as error:
