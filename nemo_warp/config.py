@@ -70,6 +70,7 @@ NOT_IDENTITY = (
     "rewards.*.endpoint",
     "reward_client",
     "loggers",
+    "profile",
     "trainer.num_nodes",
     "trainer.devices",
     "trainer.accelerator",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -113,6 +114,7 @@ def _our_rewards(config: Any) -> Any:
         def submit(self, prompts: list[str], responses: list[str]) -> Any:
             scores = score(responses)
             done = RewardScores.of(scores, [""] * len(scores))
+            done = replace(done, parts={config.rewards[0].name: done.scores})
             return SimpleNamespace(result=lambda: done)
 
     source = RewardSource(config, "bench")

@@ -7,8 +7,6 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from tqdm import tqdm
-
 from nemo_warp.checkpoints.io.open_files import OpenFiles
 from nemo_warp.merge.plan import GroupPlan, MergePlan
 from nemo_warp.merge.publish.output import Output
@@ -22,6 +20,7 @@ from nemo_warp.merge.report.report import write_report
 from nemo_warp.merge.results import GroupResult, MergeResult
 from nemo_warp.merge.share import merge_groups
 from nemo_warp.merge.similarity import refuse_similar
+from nemo_warp.progress import progress
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +118,7 @@ def _merge_share(plan: MergePlan, outputs: list[Output], world: World) -> list[G
     groups = share(plan.groups, world)
     total = sum(g.input_bytes + len(outputs) * g.output_bytes for g in groups)
     quiet = world.rank != 0
-    with tqdm(
+    with progress(
         total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="merge", disable=quiet
     ) as bar:
         found = merge_groups(plan, groups, outputs, bar.update)

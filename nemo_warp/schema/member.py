@@ -77,6 +77,14 @@ class Alarms:
 
 
 @dataclass
+class Profile:
+    """``profile``: steps under torch's profiler."""
+
+    first_step: int | None = key(None, "number of the first one; null profiles nothing", low=0)
+    num_steps: int = key(3, "how many", low=1)
+
+
+@dataclass
 class Export:
     """``export``: the policy of step T."""
 
@@ -118,3 +126,4 @@ class Member:
     model: Model = section(Model)
     export: Export = section(Export)
     loggers: Loggers = section(Loggers)
+    profile: Profile = section(Profile)

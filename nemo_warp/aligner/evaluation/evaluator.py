@@ -14,7 +14,13 @@ from torch import Tensor
 
 from nemo_warp.aligner.entry.prompts import Prompt
 from nemo_warp.aligner.sampling.rewards import RewardSource
-from nemo_warp.aligner.sampling.rollouts import Rollouts, gather_rows, generate, local_rows
+from nemo_warp.aligner.sampling.rollouts import (
+    Rollouts,
+    gather_rows,
+    generate,
+    local_rows,
+    response_of,
+)
 from nemo_warp.aligner.weights.sharded import GatheredWeights, ShardedWeights
 from nemo_warp.core.reinforce import sequence_kl
 from nemo_warp.evidence.responses import write_responses
@@ -54,11 +60,12 @@ class Evaluator:
             keep: file that the responses are written to (`nemo_warp.evidence.responses`).
 
         Returns:
-            ``reward`` and ``reward_stderr``; ``kl_to_sft``, ``kl_to_sft_stderr`` and, with an
-            anchor, ``kl_to_anchor``: sampled estimates, sequence sums in nats, and ``..._exact``
-            with ``exact_kl``; ``length`` in response tokens; ``entropy``, the mean of -log pi over
-            response tokens (nats per token); ``ended_share``; ``samples``, a few texts; with
-            judges ``judges``, ``judges_stderr`` and ``failed_judges``, each by name.
+            ``reward`` and ``reward_stderr``; ``rewards``, each one's own mean by name;
+            ``kl_to_sft``, ``kl_to_sft_stderr`` and, with an anchor, ``kl_to_anchor``: sampled
+            estimates, sequence sums in nats, and ``..._exact`` with ``exact_kl``; ``length`` in
+            response tokens; ``entropy``, the mean of -log pi over response tokens (nats per token);
+            ``ended_share``; ``samples``, a few texts; with judges ``judges``, ``judges_stderr`` and
+            ``failed_judges``, each by name.
 
         Raises:
             RewardFailureRateError: on every rank.
@@ -85,6 +92,7 @@ class Evaluator:
         return {
             "reward": rollouts.rewards[~rollouts.failed].mean().item(),
             "reward_stderr": self._standard_error(rollouts.rewards),
+            "rewards": self.rewards.means(rollouts),
             "length": rollouts.response_lengths.float().mean().item(),
             "ended_share": rollouts.is_end.float().mean().item(),
             "failed_rewards": int(rollouts.failed.sum()),
@@ -186,11 +194,7 @@ class Evaluator:
         return records
 
     def _text(self, rollouts: Rollouts, row: int) -> str:
-        """The response as its rewards saw it, without the end token."""
-        start, stop = int(rollouts.prompt_lengths[row]), int(rollouts.lengths[row])
-        tokens = [t for t in rollouts.tokens[row, start:stop].tolist()
-                  if t != self.model.tokenizer.eos_id]  # fmt: skip
-        return self.model.tokenizer.ids_to_text(tokens)
+        return response_of(rollouts, row, self.model.tokenizer)
 
 
 def _rows(parts: Tensor | None, count: int) -> list[list[float]]:

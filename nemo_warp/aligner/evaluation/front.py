@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from tqdm import tqdm
 
 from nemo_warp import exit_codes
 from nemo_warp.aligner.entry.prompts import tokenize
@@ -22,6 +21,7 @@ from nemo_warp.aligner.sampling.rewards import RewardSource
 from nemo_warp.aligner.weights.intact import refuse_damaged
 from nemo_warp.config import identity_hash, overlaid, to_plain
 from nemo_warp.evidence.responses import responses_file
+from nemo_warp.progress import progress
 from nemo_warp.prompts import PromptLine
 from nemo_warp.records import Completion, code_version, hash_file, write_completion
 
@@ -58,7 +58,7 @@ def _measure(
     prompts = tokenize(texts, policy.model.tokenizer, tokens, Path(config.prompts.heldout))
     evaluator = Evaluator(config, policy.model, prompts, rewards, sft)
     silent = torch.distributed.get_rank() != 0
-    for base, eta in tqdm(missing, desc="front", unit="point", disable=silent):
+    for base, eta in progress(missing, desc="front", unit="point", disable=silent):
         weights = bases[base].clone()
         weights.lerp_(slerp, eta)
         with weights.in_place():

@@ -23,9 +23,9 @@ from nemo.collections.nlp.modules.common.text_generation_strategy import (
     GPTModelTextGenerationStrategy,
 )
 from nemo_aligner.utils.distributed import broadcast_tensor_within_pp
-from tqdm import tqdm
 
 from nemo_warp.aligner.policy.actor import WarpActorModel
+from nemo_warp.progress import progress
 
 DEFAULT_MAX_NEW_TOKENS = 256
 """lm-eval's own default where a task does not say how long an answer may be."""
@@ -223,7 +223,7 @@ class PolicyLM(TemplateLM):
         group = parallel_state.get_data_parallel_group()
         mine = range(parallel_state.get_data_parallel_rank(), len(batches), group.size())
         silent = quiet or torch.distributed.get_rank() != 0
-        answers = {i: work(batches[i]) for i in tqdm(mine, desc=name, disable=silent)}
+        answers = {i: work(batches[i]) for i in progress(mine, desc=name, disable=silent)}
         parts: list[Any] = [None] * group.size()
         torch.distributed.all_gather_object(parts, answers, group=group)
         together = {index: answer for part in parts for index, answer in part.items()}

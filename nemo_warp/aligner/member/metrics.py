@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class MetricsLog:
         if loggers.tensorboard:
             views.append(TensorBoardLogger(directory, name="tensorboard", version=""))
         if loggers.wandb:
-            views.append(WandbLogger(save_dir=directory, **{"name": name, **loggers.wandb}))
+            views.append(WandbLogger(**wandb_settings(directory, name, dict(loggers.wandb))))
         self._views = CustomLoggerWrapper(views)
         self._views.log_hyperparams(config)
 
@@ -58,6 +59,8 @@ class MetricsLog:
         numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
         judges = (values.get("judges") or {}).items()
         numbers |= {f"judge_{name}": value for name, value in judges if value is not None}
+        rewards = (values.get("rewards") or {}).items()
+        numbers |= {f"reward_{name}": value for name, value in rewards if value is not None}
         self._views.log_metrics(numbers, step=step, prefix=f"{kind}/")
 
     def _alarms(self, record: dict[str, Any]) -> dict[str, str]:
@@ -73,6 +76,24 @@ class MetricsLog:
     def close(self) -> None:
         """Flush the views."""
         self._views.finalize()
+
+
+def wandb_settings(directory: Path, name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of Lightning's WandbLogger, under which a requeued member goes on with its run.
+
+    A run's id is made once and kept in the member's directory; W&B would make a new run for every
+    attempt otherwise. ``resume="allow"`` continues a run of that id or starts it; offline, W&B
+    writes a part per attempt, and ``wandb sync`` puts those of one id into one run.
+
+    Args:
+        given: the section ``loggers.wandb``, which wins.
+    """
+    file = directory / "wandb_id"
+    if "id" not in given and not file.exists():
+        write_text_atomically(file, f"{uuid.uuid4().hex[:16]}\n")
+    own = {"name": name, "save_dir": str(directory), "resume": "allow"}
+    own |= {"id": file.read_text().strip()} if "id" not in given else {}
+    return own | given
 
 
 class SilentLog:

@@ -22,16 +22,19 @@ from tqdm import tqdm
 from nemo_warp.aligner.entry.prompts import Prompt
 from nemo_warp.aligner.evaluation.evaluator import Evaluator
 from nemo_warp.aligner.member.objective import Batch, Objective
+from nemo_warp.aligner.member.profile import ProfileWindow
 from nemo_warp.aligner.member.stopping import StopRequest
+from nemo_warp.aligner.member.throughput import Throughput
 from nemo_warp.aligner.member.update import Updater
 from nemo_warp.aligner.sampling.rewards import RewardSource
-from nemo_warp.aligner.sampling.rollouts import Rollouts, generate, local_rows
+from nemo_warp.aligner.sampling.rollouts import Rollouts, generate, local_rows, shown
 from nemo_warp.aligner.sampling.timings import Timings
 from nemo_warp.aligner.weights import training_checkpoint
 from nemo_warp.aligner.weights.anchor import EmaAnchor
 from nemo_warp.aligner.weights.sharded import ShardedWeights
 from nemo_warp.core.seeds import prompt_indices
 from nemo_warp.evidence.responses import responses_file
+from nemo_warp.progress import progress
 from nemo_warp.records import RecordError
 from nemo_warp.rewards import RewardFailureRateError
 
@@ -93,6 +96,10 @@ class WarpReinforceTrainer:
         # Inside `inference` NeMo says that sequence parallelism is off.
         self.sequence_multiple = _sequence_multiple(model)
         self.timings = Timings()
+        self.throughput = Throughput.of_job(model)
+        self.profile = ProfileWindow(
+            Path(config.run.directory), config.profile.first_step, config.profile.num_steps
+        )
         self.objective = Objective(config, model, reference, self.timings)
 
     def fit(self) -> Outcome:
@@ -102,7 +109,7 @@ class WarpReinforceTrainer:
         # modules: 0.3 to 0.6 s a step, half the time of a tiny one.
         gc.collect()
         gc.freeze()
-        bar = tqdm(
+        bar = progress(
             total=run.total_steps,
             initial=self.step,
             desc=run.name,
@@ -133,12 +140,13 @@ class WarpReinforceTrainer:
                 logging.warning(reason)
                 return Outcome.STOPPED
             started = time.monotonic()
-            metrics = self.train_step()
+            with self.profile.step(self.step):
+                metrics = self.train_step()
             self.stop.step_took(time.monotonic() - started)
             self.evaluated = not self._due(run.eval_interval)
             self._report(metrics, bar)
 
-    def train_step(self) -> dict[str, float]:
+    def train_step(self) -> dict[str, Any]:
         """One rollout batch and its optimizer steps.
 
         Raises:
@@ -150,11 +158,12 @@ class WarpReinforceTrainer:
             with self.timings.measure("rollout"):
                 rollouts = self.generate_rollouts()
             self.rewards.check(rollouts.failed)
+            self.throughput.count(rollouts)
             batch = self.objective.batch(rollouts)
         self._check_start(batch)
         with self.timings.measure("train"):
             _, metrics = self.run_training(self.optimizer_batches(batch.data))
-        return batch.metrics | metrics
+        return batch.metrics | metrics | self._told(rollouts)
 
     @torch.no_grad()
     def generate_rollouts(self) -> Rollouts:
@@ -194,13 +203,16 @@ class WarpReinforceTrainer:
         A step whose gradient is not finite leaves weights, moments and anchor as they were.
         """
         metrics: dict[str, float] = {}
+        clipped = 0
         for batch in batches:
             updated, metrics = self.updater.step(batch)
+            clipped += metrics["grad_norm"] > self.updater.clip
             if updated and self.anchor is not None:
                 with self.timings.measure("ema_update"):
                     self.anchor.update_()
             self.step += 1
             metrics["optim_step"] = self.step - 1
+        metrics["clip_share"] = clipped / len(batches)
         return metrics["loss"], metrics
 
     def save(self) -> None:
@@ -262,9 +274,17 @@ class WarpReinforceTrainer:
         logging.error(f"KL to SFT is {kl:.1f} nats at step {self.step}, above the limit of {limit}")
         return True
 
-    def _report(self, metrics: dict[str, float], bar: tqdm) -> None:
+    def _told(self, rollouts: Rollouts) -> dict[str, Any]:
+        """Each reward's own mean and, where an evaluation is due, a few responses."""
+        told: dict[str, Any] = {"rewards": self.rewards.means(rollouts)}
+        if self._due(self.config.run.eval_interval):
+            number = self.config.evaluation.num_samples_shown
+            told["samples"] = shown(rollouts, number, self.model.tokenizer)
+        return told
+
+    def _report(self, metrics: dict[str, Any], bar: tqdm) -> None:
         self.log.write("train", self.step, metrics)
-        self.log.write("timing", self.step, self.timings.take())
+        self.log.write("timing", self.step, self.throughput.take(self.timings.take()))
         bar.set_postfix(
             reward=f"{metrics['reward']:.3f}", kl=f"{metrics.get('kl_to_anchor', 0):.2f}"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,10 +49,10 @@ def memory_bytes() -> float | None:
     return float(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
 
 
-def peak_memory() -> int | None:
-    """Bytes that tensors took at most since the last call; None without a GPU."""
+def peak_memory() -> int:
+    """Bytes that tensors took at most since the last call; without a GPU, the process ever."""
     if not torch.cuda.is_available():
-        return None
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     most = torch.cuda.max_memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     return most

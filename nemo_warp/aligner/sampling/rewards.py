@@ -111,6 +111,15 @@ class RewardSource:
         """What the columns of ``parts`` are: the rewards and, where asked, the judges."""
         return [*self._weights, *(self._judge_names if judged else ())]
 
+    def means(self, rollouts: Any) -> dict[str, float | None]:
+        """Each reward's own mean over what it scored, those of weight 0 included; null for none."""
+        if rollouts.parts is None:
+            return {}
+        columns = zip(self.names(judged=False), rollouts.parts.T, strict=False)
+        scored = {name: not column.isnan().all() for name, column in columns}
+        means = rollouts.parts.nanmean(0).tolist()
+        return {n: mean if scored[n] else None for n, mean in zip(scored, means, strict=False)}
+
     def submit(
         self, actor: Any, prompts: list[Prompt], output: dict[str, Tensor], judged: bool = False
     ) -> PendingRewards:

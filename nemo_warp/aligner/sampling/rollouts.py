@@ -8,6 +8,7 @@ must be global (rewards, KL, baselines) is gathered.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -51,6 +52,26 @@ class Rollouts:
     def response_lengths(self) -> Tensor:
         """Response tokens, int64 [B]."""
         return self.lengths - self.prompt_lengths
+
+
+def response_of(rollouts: Rollouts, row: int, tokenizer: Any) -> str:
+    """A response as its rewards saw it, without the end token."""
+    start, stop = int(rollouts.prompt_lengths[row]), int(rollouts.lengths[row])
+    tokens = rollouts.tokens[row, start:stop].tolist()
+    return tokenizer.ids_to_text([token for token in tokens if token != tokenizer.eos_id])
+
+
+def shown(rollouts: Rollouts, number: int, tokenizer: Any) -> list[dict[str, Any]]:
+    """The first ``number`` samples, for people: ``prompt``, ``response`` and ``reward``."""
+    found = []
+    for row in range(min(number, len(rollouts.tokens))):
+        prompt = rollouts.tokens[row, : int(rollouts.prompt_lengths[row])].tolist()
+        reward = None if rollouts.failed[row] else rollouts.rewards[row].item()
+        response = response_of(rollouts, row, tokenizer)
+        found.append(
+            {"prompt": tokenizer.ids_to_text(prompt), "response": response, "reward": reward}
+        )
+    return found
 
 
 def local_rows(num_rows: int) -> slice:

@@ -1,4 +1,7 @@
-"""Seconds spent in named parts of a step; upstream's ScopedTimer refuses to add up."""
+"""Seconds spent in named parts of a step; upstream's ScopedTimer refuses to add up.
+
+The same names are NVTX ranges, for Nsight Systems, and ranges of torch's profiler.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,13 @@ class Timings:
         """Add the time of the body to ``name``, even if it raises."""
         torch.cuda.synchronize()
         started = time.perf_counter()
+        torch.cuda.nvtx.range_push(name)
         try:
-            yield
+            with torch.profiler.record_function(name):
+                yield
             torch.cuda.synchronize()
         finally:
+            torch.cuda.nvtx.range_pop()
             self._seconds[name] += time.perf_counter() - started
 
     def take(self) -> dict[str, float]:
