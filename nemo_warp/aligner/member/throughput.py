@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 
 from nemo_warp.aligner.policy.device import peak_flops, peak_memory, sizes_of
 from nemo_warp.aligner.sampling.rollouts import Rollouts
+from nemo_warp.core.transformer import Sizes
 
 
 class Throughput:
@@ -20,10 +22,9 @@ class Throughput:
     """
 
     def __init__(self, model: Any, ranks: int, peak: float | None = None) -> None:
-        try:
+        self._sizes: Sizes | None = None
+        with contextlib.suppress(ValueError):  # it has experts: no utilisation then
             self._sizes = sizes_of(model)
-        except ValueError:  # experts
-            self._sizes = None
         self._devices_peak = ranks * peak if peak else None
         self._generated = self._trained = 0
         self._operations = 0.0
