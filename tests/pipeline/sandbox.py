@@ -21,6 +21,15 @@ def fake_commands(python: str = sys.executable) -> dict[str, list[str]]:
     }
 
 
+def member_of(total_steps: int, **trainer: int) -> dict[str, Any]:
+    """A recipe's section ``member``: one process, a checkpoint every second step."""
+    return {
+        "run": {"total_steps": total_steps, "save_interval": 2},
+        "trainer": {"devices": 1, "accelerator": "cpu", **trainer},
+        "model": {"tensor_model_parallel_size": 1},
+    }
+
+
 class Sandbox:
     """A recipe in a directory of its own, and the commands on it."""
 
@@ -40,11 +49,7 @@ class Sandbox:
             "sft": str(directory / "sft.nemo"),
             "prompts": {n: str(directory / f"{n}.jsonl") for n in ("train", "heldout")},
             "rewards": {"given": {"weight": 1.0, "endpoint": str(directory / "endpoint.json")}},
-            "member": {
-                "run": {"total_steps": 4, "save_interval": 2},
-                "trainer": {"devices": 1, "accelerator": "cpu"},
-                "model": {"tensor_model_parallel_size": 1},
-            },
+            "member": member_of(4),
             "evaluation": {"etas": [0.0, 1.0], "settings": {"towards_sft": False}},
             "front": {"kappas": [0.0, 1.0]},
             "retries": {"without_progress": 2, "stop_grace_s": 20, "ready_deadline_s": 20},

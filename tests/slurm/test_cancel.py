@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from sandbox import member_of
 from slurm_sandbox import SlurmSandbox
 
 SHELL = {
@@ -36,17 +37,9 @@ SHELL = {
 CLUSTER = {"gpus_per_node": 2, "gpu_option": "--gres", "gpu_type": "h100"}
 
 
-def _member(total_steps: int, **trainer: int) -> dict:
-    return {
-        "run": {"total_steps": total_steps, "save_interval": 2},
-        "trainer": {"devices": 1, "accelerator": "cpu", **trainer},
-        "model": {"tensor_model_parallel_size": 1},
-    }
-
-
 def _started(make: Callable, name: str, **changes) -> SlurmSandbox:
     """A run whose two members have saved and are held; started in that shell."""
-    sandbox = make(name, cluster_changes=CLUSTER, member=_member(60), **changes)
+    sandbox = make(name, cluster_changes=CLUSTER, member=member_of(60), **changes)
     sandbox.hold()
     code, output = sandbox.call("run", **SHELL)
     assert code == 75, output
@@ -169,7 +162,7 @@ def members_that_differ(make: Callable) -> None:
         "differ",
         iterations=2,
         cluster_changes={"gpus_per_node": 1},
-        member=_member(4),
+        member=member_of(4),
         per_iteration=[{}, {"member": {"run": {"total_steps": 6}}}],
         per_member=[{}, {"member": {"trainer": {"num_nodes": 2}, "run": {"total_steps": 8}}}],
     )

@@ -14,6 +14,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
+from sandbox import member_of
 from slurm_sandbox import SlurmSandbox
 
 SLOW = {"FAKE_STEP_S": "0.5"}
@@ -73,7 +74,7 @@ def time_limit(make) -> None:
 
 
 def requeued_by_hand(make) -> None:
-    sandbox = make("requeue", member=_member(50))
+    sandbox = make("requeue", member=member_of(50))
     sandbox.hold()
     sandbox.submit()
     sandbox.wait_until_running("iteration_01/member_01")
@@ -91,7 +92,7 @@ def reward_server_killed(make) -> None:
     reward = {"weight": 1.0, "callable": "nemo_warp.rewards.library:vader_compound"}
     sandbox = make("reward", rewards={"vader": reward}, members=1, evaluation=EVALUATION)
     retries = {"without_progress": 2, "stop_grace_s": 60, "ready_deadline_s": 120}
-    sandbox.save(member=_member(60), retries=retries)
+    sandbox.save(member=member_of(60), retries=retries)
     sandbox.hold()
     sandbox.submit()
     sandbox.wait_until_running("iteration_01/member_01")
@@ -121,7 +122,7 @@ def merge_killed(make) -> None:
 
 
 def driver_cancelled(make) -> None:
-    sandbox = make("driver", iterations=2, member=_member(30))
+    sandbox = make("driver", iterations=2, member=member_of(30))
     sandbox.hold()
     sandbox.submit()
 
@@ -195,7 +196,7 @@ def config_edited(make) -> None:
 
 
 def stopped(make) -> None:
-    sandbox = make("stopped", member=_member(40))
+    sandbox = make("stopped", member=member_of(40))
     sandbox.hold()
     sandbox.submit()
     sandbox.wait_until_running("iteration_01/member_01")
@@ -226,14 +227,6 @@ def never_begins(make) -> None:
 
 
 EVALUATION = {"etas": [0.0, 1.0], "settings": {"towards_sft": False}}
-
-
-def _member(total_steps: int) -> dict:
-    return {
-        "run": {"total_steps": total_steps, "save_interval": 2},
-        "trainer": {"devices": 1, "accelerator": "cpu"},
-        "model": {"tensor_model_parallel_size": 1},
-    }
 
 
 SCENARIOS = [
@@ -274,7 +267,7 @@ def test_node_down_and_back(running: dict[object, Future], make_sandbox) -> None
     from slurm_sandbox import kill_tree, parent
 
     sandbox: SlurmSandbox = make_sandbox(
-        "node", cluster_changes={"exclusive": True}, member=_member(80)
+        "node", cluster_changes={"exclusive": True}, member=member_of(80)
     )
     cluster = sandbox.cluster
     sandbox.hold()
@@ -298,7 +291,7 @@ def test_node_down_and_back(running: dict[object, Future], make_sandbox) -> None
 
 @pytest.mark.timeout(300)
 def test_controller_restarted(running: dict[object, Future], make_sandbox) -> None:
-    sandbox: SlurmSandbox = make_sandbox("controller", member=_member(50))
+    sandbox: SlurmSandbox = make_sandbox("controller", member=member_of(50))
     sandbox.hold()
     sandbox.submit()
     for member in (1, 2):

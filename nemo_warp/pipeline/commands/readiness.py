@@ -104,11 +104,11 @@ def _submissions(recipe: Recipe) -> Iterator[Check]:
         return
     seen = set()
     for stage in recipe.stages:
-        shape = slurm_jobs.stage_shape(recipe, stage)
-        if (stage.kind, shape) in seen:
-            continue
-        seen.add((stage.kind, shape))
-        yield _tried(stage.kind, slurm_jobs.sbatch_stage(recipe, [stage], []))
+        resources = slurm_jobs.RESOURCES[stage.kind]
+        asked_for = (resources, slurm_jobs.stage_shape(recipe, stage))
+        if resources != slurm_jobs.DRIVER and asked_for not in seen:
+            seen.add(asked_for)
+            yield _tried(resources, slurm_jobs.sbatch_stage(recipe, [stage], []))
     yield _tried("driver", slurm_jobs.sbatch_driver(recipe))
 
 

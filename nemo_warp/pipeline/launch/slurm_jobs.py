@@ -43,7 +43,7 @@ _OVER = frozenset(
 NEVER_SATISFIED = "DependencyNeverSatisfied"
 """Reason of a job that waits in vain, and of one that Slurm removed for that."""
 
-_RESOURCES = {
+RESOURCES = {
     MEMBER: "member",
     MERGE: "merge",
     FINAL: "merge",
@@ -52,6 +52,7 @@ _RESOURCES = {
     FRONT: "evaluation",
     DRIVER: "driver",
 }
+"""Kind of stage -> whose `resources` of the recipe its job asks for."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ def job_shape(recipe: Recipe, kind: str, iteration: int = 0, member: int = 0) ->
     Args:
         iteration, member: whose; 0 is the largest of all.
     """
-    cluster, wanted = recipe.cluster, recipe.values["resources"][_RESOURCES[kind]]
+    cluster, wanted = recipe.cluster, recipe.values["resources"][RESOURCES[kind]]
     gpus = wanted["gpus_per_node"]
     gpus = cluster["gpus_per_node"] if gpus is None else gpus
     options = gpu_options(cluster, gpus) if gpus else []
@@ -172,7 +173,7 @@ def job_shape(recipe: Recipe, kind: str, iteration: int = 0, member: int = 0) ->
     memory = cluster["memory"] if memory is None else memory
     options += [f"--cpus-per-task={cpus}"] if cpus else []
     options += [f"--mem={memory}"] if memory is not None else []
-    options += ["--exclusive"] if cluster["exclusive"] and _RESOURCES[kind] != "driver" else []
+    options += ["--exclusive"] if cluster["exclusive"] and RESOURCES[kind] != "driver" else []
     time_limit, nodes = str(wanted["time"]), _nodes(recipe, kind, iteration, member)
     return JobShape(nodes, gpus, time_limit, (*options, *map(str, wanted["options"])))
 
@@ -244,7 +245,7 @@ def _sbatch(
     recipe: Recipe, kind: str, iteration: int, shape: JobShape, chdir: str | None = None
 ) -> list[str]:
     cluster = recipe.cluster
-    partition = cluster["driver_partition" if _RESOURCES[kind] == "driver" else "partition"]
+    partition = cluster["driver_partition" if RESOURCES[kind] == "driver" else "partition"]
     name, logs = job_name(recipe, kind, iteration), recipe.paths.slurm_logs
     output = "%A_%a.txt" if kind == MEMBER else "%j.txt"
     words = ["sbatch", "--parsable", f"--job-name={name}", f"--account={cluster['account']}"]
