@@ -26,6 +26,7 @@ COMMANDS = {
     "status": ("nemo_warp.pipeline.commands.status", "what is done, running, failed, and next"),
     "resume": ("nemo_warp.pipeline.commands.resume", "go on after a stop or a failure"),
     "stop": ("nemo_warp.pipeline.commands.stop", "let members save, start nothing more"),
+    "pick": ("nemo_warp.pipeline.commands.pick", "publish the policy of a front at a KL"),
     "report": ("nemo_warp.reporting.report", "one page of everything a run has measured"),
     "compare": ("nemo_warp.reporting.compare", "two policies side by side, or runs over seeds"),
     "keys": ("nemo_warp.keys", "every configuration key: type, default, range, meaning"),

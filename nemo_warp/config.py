@@ -8,6 +8,7 @@ are replaced whole. Standard library and OmegaConf only.
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,7 +26,7 @@ from nemo_warp.places import shared
 from nemo_warp.records import config_hash
 from nemo_warp.schema.check import check, check_at, takes_text, type_at, unknown_key
 from nemo_warp.schema.cluster import Cluster
-from nemo_warp.schema.evaluation import Front
+from nemo_warp.schema.evaluation import Benchmarks, Front, Pick
 from nemo_warp.schema.member import Member
 from nemo_warp.schema.recipe import Recipe
 from nemo_warp.schema.reward_model import RewardModel
@@ -86,6 +87,9 @@ NOT_IDENTITY = (
     "rollout.trt_llm.reshard",
     "algorithm.offload_anchor",
     "allow_different_configs",
+    "pick.known",
+    "benchmarks.include",
+    "benchmarks.micro_batch_size",
 )
 """Patterns of the keys `identity_hash` leaves out: places, limits, paths of inputs, layout.
 
@@ -93,7 +97,11 @@ Judges are measured and never trained on: a member stays the one it is. What an 
 is asked of its points and, in a run, of the evaluation's inputs.
 """
 
-_ADDED: dict[str, Any] = {"evaluation.generations": 1}
+_ADDED: dict[str, Any] = {
+    "evaluation.generations": 1,
+    "pick": dataclasses.asdict(Pick()),
+    "benchmarks": dataclasses.asdict(Benchmarks()),
+}
 """Keys that came later, with the value under which all is as it was before them.
 
 `identity_hash` leaves them out at that value, so that what earlier versions finished stays done.

@@ -43,7 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
         "base to slerp: (1 - eta) * base + eta * slerp.",
         epilog="example: torchrun --nproc-per-node 8 -m nemo_warp.aligner.evaluate --config "
         "evaluation.yaml\n    'etas=[0,0.3,1]' evaluation.num_prompts=1024\n"
-        "A restart measures only what points.jsonl does not hold yet.",
+        "A restart measures only what points.jsonl does not hold yet. With pick.kl=10 the front is "
+        "then searched\nfor the policy at that KL (chosen.json).",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", type=Path, required=True, help="see conf/evaluation.yaml")
@@ -75,15 +76,20 @@ def load_evaluation(path: Path, overrides: list[str]) -> DictConfig:
     return config
 
 
+def check_models(config: DictConfig) -> None:
+    """Raise ValueError unless base, slerp and SFT are one model that this layout can hold."""
+    for name in ("base", "slerp", "sft"):
+        check_layout(read_model_config(Path(config[name])), config, Path(config[name]))
+    check_same_model(config, "base", "slerp", "sft")
+
+
 def check_evaluation(config: DictConfig) -> list[PromptLine]:
     """Refuse what cannot work; returns the held-out prompts in use.
 
     Raises:
         ValueError: with one clear sentence.
     """
-    for name in ("base", "slerp", "sft"):
-        check_layout(read_model_config(Path(config[name])), config, Path(config[name]))
-    check_same_model(config, "base", "slerp", "sft")
+    check_models(config)
     max_prompt_tokens(config, config.base)
     check_evaluation_sizes(
         config.evaluation, config.rollout.forward_micro_batch_size, data_parallel_size(config)

@@ -84,7 +84,7 @@ def at_budget(
     for _ in range(max_measurements):
         if budget - left[1] <= tolerance:
             return Found(*left)
-        kappa = _between(left, right, budget - tolerance / 2)
+        kappa = round(_between(left, right, budget - tolerance / 2), 6)
         kl = measure(kappa)
         if kl <= budget:
             left = (kappa, kl)

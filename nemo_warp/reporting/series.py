@@ -47,7 +47,7 @@ def read_metrics(path: Path, kind: str) -> list[dict[str, Any]]:
         RecordError: the file is missing or a line is not a record.
     """
     by_step = {}
-    for where, record in _records(path):
+    for where, record in read_records(path):
         if record.get("kind") == kind:
             _check_numbers(record, REQUIRED[kind], where)
             by_step[record["step"]] = record
@@ -61,14 +61,18 @@ def read_points(path: Path) -> list[dict[str, Any]]:
         RecordError: the file is missing or a line is not a point.
     """
     by_place = {}
-    for where, record in _records(path):
+    for where, record in read_records(path):
         _check_numbers(record, REQUIRED["point"], where)
         by_place[str(record.get("base", "")), record["eta"]] = record
     return [by_place[place] for place in sorted(by_place)]
 
 
-def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each line's record with the words that name the line in messages."""
+def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line's record with the words that name the line in messages.
+
+    Raises:
+        RecordError: the file is missing or a line is no object.
+    """
     try:
         lines = path.read_bytes().splitlines(keepends=True)
     except OSError as error:

@@ -27,6 +27,30 @@ class HeldoutPrompts:
 
 
 @dataclass
+class Pick:
+    """``pick``: search the front for the policy at a KL."""
+
+    kl: float | None = key(None, "budget; null searches nothing", unit="nats", above=0)
+    tolerance: float = key(0.1, "the policy's KL lies at most this far below it", unit="nats",
+                           above=0)  # fmt: skip
+    known: str | None = key(None, "points.jsonl of a front that was measured before")
+
+
+@dataclass
+class Benchmarks:
+    """``benchmarks``: what lm-evaluation-harness is asked (nemo_warp.aligner.benchmark)."""
+
+    tasks: list[str] = key([], "lm-eval's names; [] asks nothing", paper="table 2")
+    include: str | None = key(None, "directory with task files of your own")
+    limit: int | None = key(None, "first documents of each task; null is all of them", low=1)
+    num_fewshot: int | None = key(None, "examples before a question; null is the task's own",
+                                  low=0)  # fmt: skip
+    add_bos: bool = key(False, "BOS before every text, as Gemma needs it")
+    run_code: bool = key(False, "tasks may run code that the policy writes (humaneval, mbpp)")
+    micro_batch_size: int | None = key(None, "sequences at a time; null is the evaluation's", low=1)
+
+
+@dataclass
 class Front:
     """The KL-reward front between two checkpoints."""
 
@@ -50,5 +74,7 @@ class Front:
     judges: list[JudgeEntry] = key([], "what is measured beside them")
     reward_client: RewardClient = section(RewardClient)
     evaluation: Evaluation = section(Evaluation)
+    pick: Pick = section(Pick)
+    benchmarks: Benchmarks = section(Benchmarks)
     trainer: Trainer = section(Trainer)
     model: Model = section(Model)

@@ -7,7 +7,7 @@ from typing import Any
 
 from nemo_warp.core.transformer import KNOWN
 from nemo_warp.schema.cluster import Cluster
-from nemo_warp.schema.evaluation import Front
+from nemo_warp.schema.evaluation import Benchmarks, Front
 from nemo_warp.schema.key import REQUIRED, key, section
 from nemo_warp.schema.member import Member
 
@@ -104,6 +104,18 @@ class FinalFront:
     kappas: list[float] = key([0.0, 0.1, 0.3, 0.5, 0.8, 1.0], "points between sft and slerp",
                               low=0, high=2, nonempty=True, paper="section 3.4")  # fmt: skip
     final_kappa: float = key(1.0, "the policy published as final/policy.nemo", above=0, high=2)
+    final_kl: float | None = key(
+        None, "publish the policy at this KL to SFT instead, searched for", unit="nats", above=0
+    )
+    kl_tolerance: float = key(0.1, "its KL lies at most this far below", unit="nats", above=0)
+
+
+@dataclass
+class KappaBenchmarks(Benchmarks):
+    """``benchmarks``: a stage of its own, where tasks are named."""
+
+    kappas: list[float] = key([0.0, 0.3, 0.5, 0.8, 1.0], "points between sft and slerp", low=0,
+                              high=2, nonempty=True, paper="figure 20")  # fmt: skip
 
 
 @dataclass
@@ -177,6 +189,9 @@ class Commands:
     evaluation: list[str | int | float] | None = key(
         None, "words of the evaluation's command", nonempty=True
     )
+    benchmarks: list[str | int | float] | None = key(
+        None, "words of the benchmarks' command", nonempty=True
+    )
     report: list[str | int | float] | None = key(
         None, "words of the report's command", nonempty=True
     )
@@ -208,6 +223,7 @@ class Recipe:
     merge: Merge = section(Merge)
     evaluation: Evaluations = section(Evaluations)
     front: FinalFront = section(FinalFront)
+    benchmarks: KappaBenchmarks = section(KappaBenchmarks)
     retries: Retries = section(Retries)
     launcher: Launcher = section(Launcher)
     cluster: str | None = key(None, "slurm: h100 (of conf/cluster/), or a file of your own")

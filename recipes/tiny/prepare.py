@@ -7,6 +7,7 @@ Writes into ``--output`` (default ``build/tiny``)::
     validation.txt          held-out verses its validation loss is measured on
     prompts_train.jsonl     {"prompt": ...}: beginnings of the RL verses
     prompts_heldout.jsonl   {"prompt": ...}: beginnings of the held-out verses
+    benchmarks/             task files of lm-evaluation-harness from held-out verses
     sft.nemo                the GPT, a distributed checkpoint
     sft_metrics.json        its validation loss
     completion.json         what made all this; written last
@@ -29,6 +30,7 @@ from pathlib import Path
 
 import sentencepiece
 from kjv import verses
+from verse_tasks import write_tasks
 
 from nemo_warp import exit_codes
 from nemo_warp.pipeline.ranks import die_with_parent
@@ -96,10 +98,12 @@ def prepare(output: Path, text: Path | None, force: bool) -> int:
     if force and output.exists():
         (output / "completion.json").unlink(missing_ok=True)
     if _is_complete(output, settings):
+        _write_benchmarks(output)  # an earlier version made none, and the directory may have moved
         print(f"{output} is prepared already (--force prepares it anew)")
         return exit_codes.DONE
     output.mkdir(parents=True, exist_ok=True)
     _write_text_files(output, text)
+    _write_benchmarks(output)
     code = _pretrain(output)
     if code == exit_codes.DONE:
         write_completion(output, _completion(output, settings))
@@ -127,6 +131,10 @@ def _write_text_files(output: Path, text: Path | None) -> None:
         f"{len(lines)} verses: {len(pretrain)} to learn from, {len(train_prompts)} prompts from "
         f"{len(rl)} for RL, {len(heldout_prompts)} prompts from {len(heldout)} held out"
     )
+
+
+def _write_benchmarks(output: Path) -> None:
+    write_tasks((output / "validation.txt").read_text().splitlines(), output, SETTINGS["seed"])
 
 
 def split(lines: list[str]) -> tuple[list[str], list[str], list[str]]:

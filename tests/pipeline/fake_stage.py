@@ -128,7 +128,13 @@ def evaluation(directory: Path, run: Path, config: dict) -> int:
             point = {"base": "init", "eta": eta, "reward": eta, "kl_to_sft": 10 * eta}
             point |= {f"judge_{judge['name']}": eta for judge in config.get("judges", [])}
             stream.write(json.dumps(point) + "\n")
-    complete(directory, ["points.jsonl"], "evaluation", {})
+    pick = config.get("pick", {}).get("kl")
+    if pick is None:
+        complete(directory, ["points.jsonl"], "evaluation", {})
+        return 0
+    chosen = {"kappa": pick / 10, "kl": pick, "budget": pick, "point": {"reward": pick / 10}}
+    (directory / "chosen.json").write_text(json.dumps(chosen))
+    complete(directory, ["points.jsonl", "chosen.json"], "evaluation", {"chosen": chosen})
     return 0
 
 
@@ -149,4 +155,5 @@ if __name__ == "__main__":
     directory, run = Path(sys.argv[2]), Path(sys.argv[3])
     config = yaml.safe_load((directory / "config.yaml").read_text())
     kinds = {"member": member, "merge": merge, "evaluation": evaluation, "report": report}
+    kinds["benchmarks"] = evaluation
     sys.exit(kinds[sys.argv[1]](directory, run, config))

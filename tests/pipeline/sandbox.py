@@ -17,7 +17,7 @@ FAKE = Path(__file__).with_name("fake_stage.py")
 def fake_commands(python: str = sys.executable) -> dict[str, list[str]]:
     return {
         kind: [python, str(FAKE), kind, "{directory}", "{run}"]
-        for kind in ("member", "merge", "evaluation", "report")
+        for kind in ("member", "merge", "evaluation", "benchmarks", "report")
     }
 
 
@@ -96,6 +96,7 @@ class Sandbox:
     def artifacts(self) -> dict[str, bytes]:
         """Everything the stages published, by relative path."""
         names = ("policy.nemo", "slerp.nemo", "init.nemo", "points.jsonl", "curves.png", "table.md")
+        names += ("chosen.json",)
         files = [p for p in self.run_directory.rglob("*") if p.name in names]
         return {str(p.relative_to(self.run_directory)): p.read_bytes() for p in sorted(files)}
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from sandbox import Sandbox
 
 from nemo_warp import exit_codes
@@ -205,3 +206,31 @@ def _wait(condition, seconds: float = 120.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, os.times()
         time.sleep(0.05)
+
+
+def test_a_finished_run_publishes_the_policy_at_a_kl(tmp_path: Path) -> None:
+    """`pick` makes its stage, the policy and the report; the front and all before it stay."""
+    sandbox = Sandbox(tmp_path)
+    sandbox.save(iterations=1, benchmarks={"tasks": ["verses"], "kappas": [0, 1]})
+    code, output = sandbox.call("pick", "--kl", "5")
+    assert code == exit_codes.MISCONFIGURED and "has not been started" in output
+    assert sandbox.call()[0] == exit_codes.DONE
+    before = made(sandbox)
+    assert "benchmarks" in before and "pick" not in before
+    code, output = sandbox.call("pick", "--kl", "5")
+    assert code == exit_codes.DONE, output
+    assert "kappa 0.5: KL 5.00 of 5 nats, reward 0.500" in output
+    after = made(sandbox)
+    assert {n for n, at in before.items() if after[n] != at} == {"final", "report"}
+    record = json.loads((sandbox.run_directory / "final/completion.json").read_text())
+    assert record["details"]["chosen"]["kappa"] == 0.5
+    config = yaml.safe_load((sandbox.run_directory / "final/config.yaml").read_text())
+    assert config == {"kappa": 0.5}
+    code, output = sandbox.call("pick", "--kl", "5")
+    assert (code, made(sandbox)) == (exit_codes.DONE, after), "chosen already"
+    code, output = sandbox.call("pick", "--kl", "2.5", "--tolerance", "0.2")
+    assert code == exit_codes.DONE and "kappa 0.25" in output
+    (sandbox.directory / "heldout.jsonl").write_text('{"prompt": "In the end"}\n')
+    code, output = sandbox.call("pick", "--kl", "3")
+    assert code == exit_codes.MISCONFIGURED
+    assert "an input has changed, which would redo iteration_01/member_01" in output

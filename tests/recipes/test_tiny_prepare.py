@@ -3,10 +3,12 @@
 import importlib.util
 import json
 import pydoc_data.topics
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from nemo_warp import exit_codes
 
@@ -22,6 +24,7 @@ def _load(name: str):
 
 
 kjv = _load("kjv")
+_load("verse_tasks")
 prepare = _load("prepare")
 
 
@@ -118,6 +121,30 @@ def test_train_and_heldout_prompts_are_disjoint_jsonl(prepared):
     )
     assert {tuple(record) for record in (*train, *heldout)} == {("prompt",)}
     assert not {r["prompt"] for r in train} & {r["prompt"] for r in heldout}
+
+
+def test_benchmarks_are_of_heldout_verses(prepared):
+    """Written again where they are missing or the directory has moved."""
+    output, text, _ = prepared
+    moved = output.with_name('mov"ed')
+    output.rename(moved)
+    shutil.rmtree(moved / "benchmarks")
+    assert prepare.prepare(moved, text, force=False) == exit_codes.DONE
+    heldout = set((moved / "validation.txt").read_text().splitlines())
+    documents = {
+        name: [json.loads(x) for x in (moved / f"benchmarks/{name}.jsonl").read_text().splitlines()]
+        for name in ("verses", "endings")
+    }
+    assert {d["text"] for d in documents["verses"]} <= heldout
+    for document in documents["endings"]:
+        whole = f"{document['beginning']} {document['endings'][document['own']]}"
+        assert any(verse.startswith(whole) for verse in heldout)
+        assert len(set(document["endings"])) == 4
+    assert len({d["own"] for d in documents["endings"]}) == 4
+    for name in documents:
+        task = yaml.safe_load((moved / f"benchmarks/{name}.yaml").read_text())
+        file = Path(task["dataset_kwargs"]["data_files"]["test"])
+        assert (task["task"], file) == (name, (moved / f"benchmarks/{name}.jsonl").resolve())
 
 
 def test_a_changed_file_or_another_text_is_refused(prepared, tmp_path):

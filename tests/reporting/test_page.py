@@ -93,6 +93,15 @@ def run(tmp_path):
                 for g in range(2)
             ],
         )
+    scores = [{"verses": {"bits_per_byte": 2.5 + e}, "choices": {"acc": 0.5, "acc_stderr": 0.02}}
+              for e in (0, 1)]  # fmt: skip
+    _lines(
+        root / "benchmarks/points.jsonl",
+        [{"base": "init", "eta": e, "scores": s} for e, s in zip((0, 1), scores, strict=True)],
+    )
+    chosen = {"budget": 4, "tolerance": 0.1, "kappa": 0.66, "kl": 3.95, "point": {"reward": 0.6}}
+    (root / "final").mkdir()
+    (root / "final/completion.json").write_text(json.dumps({"details": {"chosen": chosen}}))
     report = root / "iteration_01/merge/report/report.json"
     report.parent.mkdir(parents=True)
     pairs = [{"task_vectors": {"angle": 77.0}}]
@@ -121,6 +130,9 @@ def test_page_in_a_browser(run, tmp_path, capsys):
         "<td>member</td><td>2</td><td>4.00</td><td>2.00</td>",
         "tone stops following the reward at KL 2.2. From there to KL 9.0 the reward rises by",
         "tone failed 2 times.",
+        "<td>verses: bits_per_byte</td><td>2.5</td><td>3.5</td>",
+        "<td>choices: acc</td><td>0.5 ± 0.02</td>",
+        "budget of 4 nats (tolerance 0.1): kappa 0.66, measured KL 3.95, reward 0.600",
         "<td>iteration 1, member 2</td><td>5</td><td>entropy fell at 5</td>",
     ):
         assert shown in text, shown
@@ -159,6 +171,7 @@ def test_page_in_a_browser(run, tmp_path, capsys):
         "length (characters)",
         "distinct bigrams (share)",
         "best of N at 0.5",
+        "verses: bits_per_byte",
         "iteration 1, member 1 anchor",
     ):
         assert re.search(rf">{re.escape(drawn)}<", found.stdout), f"not drawn: {drawn}"

@@ -2,12 +2,59 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
 
+from nemo_warp import exit_codes
+from nemo_warp.aligner.entry.versions import package_versions
 from nemo_warp.aligner.evaluation.language_model import PolicyLM
+from nemo_warp.aligner.evaluation.line import Line, record
+from nemo_warp.aligner.evaluation.points import POINTS_FILE, measured_points
+from nemo_warp.config import identity_hash, to_plain
+from nemo_warp.progress import progress
+from nemo_warp.records import Completion, code_version, hash_file, write_completion
+
+
+def measure_benchmarks(config: DictConfig) -> int:
+    """Score what ``points.jsonl`` lacks of the line from base to slerp. Collective."""
+    path = Path(config.directory) / POINTS_FILE
+    done = measured_points(path)
+    missing = [float(eta) for eta in config.etas if ("init", float(eta)) not in done]
+    if missing:
+        _measure(config, path, missing)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        completion = Completion(
+            kind="benchmarks",
+            config_hash=identity_hash(to_plain(config)),
+            files={POINTS_FILE: hash_file(path)},
+            details={"etas": [float(eta) for eta in config.etas]},
+            code_version=code_version(),
+            versions=package_versions(),
+        )
+        write_completion(path.parent, completion)
+    return exit_codes.DONE
+
+
+def _measure(config: DictConfig, path: Path, missing: list[float]) -> None:
+    wanted = config.benchmarks
+    manager = task_manager(None if wanted.include is None else Path(wanted.include))
+    line = Line(config)
+    model = line.policy.model
+    size = wanted.micro_batch_size or config.evaluation.micro_batch_size
+    silent = torch.distributed.get_rank() != 0
+    for eta in progress(missing, desc="benchmarks", unit="point", disable=silent):
+        with line.at("init", eta), model.inference():
+            lm = PolicyLM(model, size, wanted.add_bos)
+            scores = measure(lm, list(wanted.tasks), manager, wanted.limit, wanted.num_fewshot,
+                             wanted.run_code)  # fmt: skip
+        if not silent:
+            record(path, {"base": "init", "eta": eta, "scores": scores})
 
 
 def task_manager(include: Path | None) -> Any:
@@ -18,7 +65,12 @@ def task_manager(include: Path | None) -> Any:
 
 
 def measure(
-    model: PolicyLM, tasks: list[str], manager: Any, limit: int | None = None
+    model: PolicyLM,
+    tasks: list[str],
+    manager: Any,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    run_code: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Scores of ``tasks``: task -> metric -> value, standard errors as ``METRIC_stderr``.
 
@@ -27,12 +79,16 @@ def measure(
 
     Args:
         limit: the first so many documents of each task; None for all.
+        num_fewshot: examples before each question; None is each task's own number.
+        run_code: whether tasks may run the code that the policy writes.
 
     Raises:
         ValueError: lm-eval does not know a task.
     """
     from lm_eval import simple_evaluate
 
+    if run_code:  # what HumanEval's and MBPP's metric asks for
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
         raise ValueError(
@@ -41,6 +97,7 @@ def measure(
         )
     found = simple_evaluate(
         model=model, tasks=tasks, limit=limit, task_manager=manager, log_samples=False,
+        num_fewshot=num_fewshot, confirm_run_unsafe_code=run_code,
         verbosity="ERROR", bootstrap_iters=1000, random_seed=0, numpy_random_seed=0,
         torch_random_seed=0, fewshot_random_seed=0,
     )  # fmt: skip

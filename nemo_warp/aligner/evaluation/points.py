@@ -10,6 +10,8 @@ from typing import Any
 from omegaconf import DictConfig
 
 POINTS_FILE = "points.jsonl"
+CHOSEN_FILE = "chosen.json"
+"""The point at a KL budget: kappa, its measured KL, and all of the point."""
 
 
 def wanted_points(config: DictConfig) -> Iterator[tuple[str, float]]:
@@ -20,6 +22,12 @@ def wanted_points(config: DictConfig) -> Iterator[tuple[str, float]]:
     for base in bases:
         for eta in config.etas:
             yield base, float(eta)
+
+
+def best_kl(point: dict[str, Any]) -> float:
+    """KL to SFT in nats: exact over the vocabulary where that was measured, its error is less."""
+    exact = point.get("kl_to_sft_exact")
+    return float(point["kl_to_sft"] if exact is None else exact)
 
 
 def measured_points(

@@ -28,17 +28,33 @@ def check_before_start(recipe: Recipe) -> None:
             _check_reward(recipe, f"rewards.{name}", reward)
     for name, judge in recipe.judges.items():
         _check_reward(recipe, f"judges.{name}", judge)
+    _check_benchmarks(recipe)
     _check_space(recipe)
 
 
 def _check_reward(recipe: Recipe, key: str, reward: dict[str, Any]) -> None:
     if reward.get("endpoint") and not recipe.values["commands"]["member"]:
         check_endpoint(Path(reward["endpoint"]), f"{key}.endpoint")
-    elsewhere = recipe.values["launcher"]["kind"] == "slurm" and (
-        recipe.cluster["container"]["image"] is not None
-    )
     if reward.get("callable"):
-        check_callable(reward["callable"], f"{key}.callable", elsewhere)
+        check_callable(reward["callable"], f"{key}.callable", _in_container(recipe))
+
+
+def _check_benchmarks(recipe: Recipe) -> None:
+    values = recipe.values
+    if not values["benchmarks"]["tasks"] or values["commands"]["benchmarks"]:
+        return
+    if not _in_container(recipe) and _find("lm_eval") is None:
+        raise ValueError(
+            "benchmarks.tasks needs lm-evaluation-harness: pip install 'lm-eval>=0.4.9', or leave "
+            "the benchmarks out: benchmarks.tasks=[]"
+        )
+
+
+def _in_container(recipe: Recipe) -> bool:
+    """Whether steps run where modules may be that this machine has not."""
+    if recipe.values["launcher"]["kind"] != "slurm":
+        return False
+    return recipe.cluster["container"]["image"] is not None
 
 
 def check_endpoint(file: Path, key: str) -> None:

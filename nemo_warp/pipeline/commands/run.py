@@ -161,6 +161,7 @@ def _announce(recipe: Recipe, code: int) -> None:
         print(f"{recipe.name} is done.")
         print(f"  picture:  {_short(report / 'curves.png')}")
         print(f"  table:    {_short(report / 'table.md')}")
+        print(f"  page:     {_short(report / 'index.html')}")
         print(f"  policy:   {_short(recipe.paths.stage('final').policy)}")
     elif code == exit_codes.FAILED:
         print(f"failed; why: nemo-warp status {root}; then: nemo-warp resume {root}")

@@ -15,7 +15,7 @@ from nemo_warp.pipeline.launch import slurm_jobs
 from nemo_warp.pipeline.launch.local import device_shares
 from nemo_warp.pipeline.recipe.load import Recipe
 from nemo_warp.pipeline.recipe.paths import StagePaths
-from nemo_warp.pipeline.recipe.plan import EVALUATION, FRONT, MEMBER, Stage
+from nemo_warp.pipeline.recipe.plan import BENCHMARKS, EVALUATION, FRONT, MEMBER, PICK, Stage
 
 
 @dataclass
@@ -81,7 +81,7 @@ def _shape(recipe: Recipe, stage: Stage) -> tuple[int, int]:
     return 1, len(shares[0].split(",")) if shares and stage.kind in _ON_GPUS else 0
 
 
-_ON_GPUS = (MEMBER, EVALUATION, FRONT)
+_ON_GPUS = (MEMBER, EVALUATION, FRONT, PICK, BENCHMARKS)
 
 
 def _left_hours(recipe: Recipe, state: StageState) -> float | None:

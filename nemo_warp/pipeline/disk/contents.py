@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from nemo_warp.pipeline.recipe.load import Recipe
+from nemo_warp.pipeline.recipe.plan import PICK
 from nemo_warp.records import Completion, RecordError, config_hash, read_completion
 
 
@@ -23,6 +24,10 @@ class Contents(Protocol):
         """One hash of all artifacts of a stage that is done."""
         ...
 
+    def chosen(self) -> dict[str, Any] | None:
+        """What the stage ``pick`` chose; None while nobody knows."""
+        ...
+
 
 class Unknown:
     """Of a run that has not begun: for `plan`."""
@@ -38,6 +43,10 @@ class Unknown:
     def all_published(self, stage: str) -> str:
         """Nothing is known yet."""
         return ""
+
+    def chosen(self) -> dict[str, Any] | None:
+        """Nothing is known yet."""
+        return None
 
 
 class OnDisk:
@@ -66,6 +75,10 @@ class OnDisk:
         """One hash of all artifacts."""
         files = self.completion(stage).files
         return config_hash({name: entry.sha256 for name, entry in files.items()})
+
+    def chosen(self) -> dict[str, Any] | None:
+        """Kappa and its measured point, from the stage's record."""
+        return self.completion(PICK).details["chosen"]
 
     def completion(self, stage: str) -> Completion:
         """The stage's completion record.
@@ -100,6 +113,11 @@ class Expected(OnDisk):
         """One hash of all artifacts, or nothing while the stage is not done."""
         done = self._recipe.paths.stage(stage).completion.exists()
         return super().all_published(stage) if done else ""
+
+    def chosen(self) -> dict[str, Any] | None:
+        """What was chosen, or nothing while the stage is not done."""
+        done = self._recipe.paths.stage(PICK).completion.exists()
+        return super().chosen() if done else None
 
 
 def refuse_twins(members: dict[str, Completion]) -> None:

@@ -59,7 +59,7 @@ def open_run(recipe: Recipe, redo: bool = False) -> Change:
     """
     paths = recipe.paths
     paths.root.mkdir(parents=True, exist_ok=True)
-    pins = {name: inputs.fingerprint(path) for name, path in _inputs(recipe).items()}
+    pins = present_pins(recipe)
     text = yaml_text.dump({**recipe.values, "run_directory": None})
     change = Change((), {}, {}, ())
     if paths.recipe.exists():
@@ -75,6 +75,11 @@ def open_run(recipe: Recipe, redo: bool = False) -> Change:
     if not paths.recipe.exists() or paths.recipe.read_text() != text:
         write_text_atomically(paths.recipe, text)
     return change
+
+
+def present_pins(recipe: Recipe) -> dict[str, str]:
+    """Fingerprints of the recipe's inputs as they are now."""
+    return {name: inputs.fingerprint(path) for name, path in _inputs(recipe).items()}
 
 
 def what_changes(recipe: Recipe, pins: dict[str, str]) -> Change:
@@ -192,4 +197,7 @@ def _inputs(recipe: Recipe) -> dict[str, Path]:
     models |= {f"judge {n}": j["model"] for n, j in values["judges"].items() if j.get("model")}
     named = {"sft": values["sft"], "init": values["init"], **models}
     named |= {f"prompts.{key}": path for key, path in values["prompts"].items()}
+    benchmarks = values["benchmarks"]
+    if benchmarks["tasks"] and benchmarks["include"] is not None:
+        named["benchmarks.include"] = benchmarks["include"]
     return {name: Path(path) for name, path in named.items()}

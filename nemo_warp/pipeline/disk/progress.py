@@ -11,7 +11,7 @@ from typing import Any
 from nemo_warp.pipeline.disk import attempts
 from nemo_warp.pipeline.disk.state import StageState, Status
 from nemo_warp.pipeline.recipe.load import Recipe
-from nemo_warp.pipeline.recipe.plan import EVALUATION, FRONT, MEMBER, Stage
+from nemo_warp.pipeline.recipe.plan import BENCHMARKS, EVALUATION, FRONT, MEMBER, PICK, Stage
 
 _TAIL_BYTES = 65536
 
@@ -58,15 +58,15 @@ def measure(recipe: Recipe, state: StageState) -> Progress:
 def _total(recipe: Recipe, stage: Stage) -> int | None:
     if stage.kind == MEMBER:
         return recipe.total_steps(stage.iteration, stage.member)
-    if stage.kind == FRONT:
-        return len(recipe.values["front"]["kappas"])
+    if stage.kind in (FRONT, BENCHMARKS):
+        return len(recipe.values[stage.kind]["kappas"])
     return recipe.num_points(stage.iteration) if stage.kind == EVALUATION else None
 
 
 def _step(stage: Stage, records: list[dict[str, Any]]) -> int | None:
     if stage.kind == MEMBER:
         return max((r["step"] for r in records if isinstance(r.get("step"), int)), default=0)
-    if stage.kind in (EVALUATION, FRONT):
+    if stage.kind in (EVALUATION, FRONT, PICK, BENCHMARKS):
         return len({(r.get("base"), r["eta"]) for r in records if "eta" in r})
     return None
 

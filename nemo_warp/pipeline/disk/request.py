@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,13 @@ from nemo_warp.pipeline.disk.contents import Contents, OnDisk, Unknown, refuse_t
 from nemo_warp.pipeline.recipe.load import Recipe
 from nemo_warp.pipeline.recipe.paths import StagePaths
 from nemo_warp.pipeline.recipe.plan import (
+    BENCHMARKS,
     EVALUATION,
     FINAL,
     FRONT,
     MEMBER,
     MERGE,
+    PICK,
     REPORT,
     Stage,
     member_name,
@@ -57,6 +59,8 @@ class Request:
     building: dict[str, tuple[str, ...]] = field(default_factory=dict)
     rewards: dict[str, dict[str, Any]] = field(default_factory=dict)
     judges: dict[str, dict[str, Any]] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+    """What the completion record tells beside the inputs, of stages whose programs write none."""
 
     @functools.cached_property
     def config_hash(self) -> str:
@@ -135,8 +139,10 @@ def _merge(recipe: Recipe, stage: Stage, contents: Contents) -> Request:
     config = {key: value for key, value in settings.items() if value is not None}
     towards = Path(values["sft"]) if config["towards"] == "sft" else None
     # The next init is written while the layers are in memory anyway: one pass gives both.
-    names_by_eta: dict[float, tuple[str, ...]]
-    names_by_eta = {1.0: (merge.slerp.name,), config["eta"]: (merge.next_init.name,)}
+    names_by_eta: dict[float | str, tuple[str, ...]] = {
+        1.0: (merge.slerp.name,),
+        config["eta"]: (merge.next_init.name,),
+    }
     if config["eta"] == 1.0:
         names_by_eta = {1.0: (merge.slerp.name, merge.next_init.name)}
     policy_paths = _checkpoints(recipe, names) or list(policies.values())
@@ -156,20 +162,25 @@ def _merge_words(
     paths: StagePaths,
     init: Path,
     policies: list[Path],
-    etas: Iterable[float],
+    etas: Iterable[float | str],
     arguments: Iterable[Any],
     towards: Path | None,
 ) -> tuple[str, ...]:
     """The merger: every eta in one pass over the data."""
     words = ["-m", "nemo_warp.merge", "--init", str(init), "--policies", *map(str, policies)]
-    words += ["--eta", *(f"{eta:g}" for eta in etas)]
+    words += ["--eta", *map(_word, etas)]
     words += ["--output", str(paths.building / "{eta}.nemo"), "--report", str(paths.report)]
     words += ["--liti-towards", str(towards)] if towards is not None else []
     return (*words, *map(str, arguments))
 
 
-def _building(names_by_eta: dict[float, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-    return {f"{eta:g}.nemo": names for eta, names in names_by_eta.items()}
+def _building(names_by_eta: dict[float | str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    return {f"{_word(eta)}.nemo": names for eta, names in names_by_eta.items()}
+
+
+def _word(eta: float | str) -> str:
+    """As the merger names its outputs."""
+    return eta if isinstance(eta, str) else f"{eta:g}"
 
 
 def _evaluation(recipe: Recipe, stage: Stage, contents: Contents) -> Request:
@@ -209,15 +220,47 @@ def _measure(
     )
 
 
+def _pick(recipe: Recipe, stage: Stage, contents: Contents) -> Request:
+    """Search the front, whose points are known, for the policy at the KL that is wanted."""
+    wanted, known = recipe.values["front"], recipe.paths.stage(FRONT).points
+    request = _front(recipe, stage, contents)
+    pick = {"kl": wanted["final_kl"], "tolerance": wanted["kl_tolerance"], "known": str(known)}
+    return replace(
+        request,
+        config=request.config | {"pick": pick},
+        inputs=request.inputs | {"front": contents.published(FRONT, known.name)},
+        reads=(*request.reads, known),
+        outputs=(recipe.paths.stage(stage.name).chosen.name,),
+    )
+
+
+def _benchmarks(recipe: Recipe, stage: Stage, contents: Contents) -> Request:
+    """lm-evaluation-harness along the front; it asks no reward."""
+    wanted = dict(recipe.values["benchmarks"])
+    sft, kappas = Path(recipe.values["sft"]), wanted.pop("kappas")
+    measured = _measure(recipe, stage, contents, sft, contents.pinned("sft"), kappas)
+    config = measured.config | {"rewards": [], "judges": [], "benchmarks": wanted}
+    inputs = {name: measured.inputs[name] for name in ("base", "slerp", "sft")}
+    if wanted["include"] is not None:
+        inputs["tasks"] = contents.pinned("benchmarks.include")
+    return replace(measured, config=config, inputs=inputs, rewards={}, judges={})
+
+
 def _final(recipe: Recipe, stage: Stage, contents: Contents) -> Request:
     merge, final = merge_name(stage.iteration), recipe.paths.stage(stage.name)
     slerp, sft = recipe.paths.stage(merge).slerp, Path(recipe.values["sft"])
-    kappa = recipe.values["front"]["final_kappa"]
+    kappa, details = recipe.values["front"]["final_kappa"], {}
     inputs = {"sft": contents.pinned("sft"), "slerp": contents.published(merge, slerp.name)}
-    names_by_eta: dict[float, tuple[str, ...]] = {kappa: (final.policy.name,)}
+    if recipe.values["front"]["final_kl"] is not None:
+        chosen = contents.chosen()
+        kappa, details = chosen["kappa"] if chosen else "KAPPA", {"chosen": chosen}
+    names_by_eta: dict[float | str, tuple[str, ...]] = {kappa: (final.policy.name,)}
     words = _merge_words(final, sft, [slerp], names_by_eta, (), None)
     config, outputs = {"kappa": kappa}, (final.policy.name,)
-    return Request(FINAL, config, inputs, (sft, slerp), outputs, (words,), _building(names_by_eta))
+    building = _building(names_by_eta)
+    return Request(
+        FINAL, config, inputs, (sft, slerp), outputs, (words,), building, details=details
+    )
 
 
 def _report(recipe: Recipe, stage: Stage, contents: Contents) -> Request:
@@ -232,6 +275,8 @@ _BUILDERS = {
     MERGE: _merge,
     EVALUATION: _evaluation,
     FRONT: _front,
+    PICK: _pick,
+    BENCHMARKS: _benchmarks,
     FINAL: _final,
     REPORT: _report,
 }

@@ -12,10 +12,11 @@ from typing import Any
 from nemo_warp.pipeline.disk.request import Request
 from nemo_warp.pipeline.launch.steps import Allocation, Step
 from nemo_warp.pipeline.recipe.load import Recipe
-from nemo_warp.pipeline.recipe.plan import FRONT, MEMBER, Stage
+from nemo_warp.pipeline.recipe.plan import BENCHMARKS, FINAL, FRONT, MEMBER, PICK, Stage
 from nemo_warp.records import Completion, code_version, fsync_directory, hash_file, write_completion
 
-_MODULES = {MEMBER: "nemo_warp.aligner.train", "measure": "nemo_warp.aligner.evaluate"}
+_MODULES = {MEMBER: "nemo_warp.aligner.train", BENCHMARKS: "nemo_warp.aligner.benchmark"}
+_MEASURE = "nemo_warp.aligner.evaluate"
 
 
 def node_counts(
@@ -83,7 +84,7 @@ def programs(
             Step(stage.kind, (allocation.python, *words), allocation.hosts[:1])
             for words in request.commands
         ]
-    module = _MODULES[MEMBER if stage.kind == MEMBER else "measure"]
+    module = _MODULES.get(stage.kind, _MEASURE)
     options = ("--config", str(paths.config), *_endpoints(request, directory))
     words = (allocation.python, "-m", module, *options)
     trainer = request.config["trainer"]
@@ -103,7 +104,7 @@ def _filled(word: str, **values: Any) -> str:
 
 
 def _command_key(stage: Stage) -> str:
-    return {FRONT: "evaluation", "final": "merge"}.get(stage.kind, stage.kind)
+    return {FRONT: "evaluation", PICK: "evaluation", FINAL: "merge"}.get(stage.kind, stage.kind)
 
 
 def _endpoints(request: Request, directory: Path) -> tuple[str, ...]:
@@ -151,6 +152,10 @@ def publish(recipe: Recipe, stage: Stage, request: Request) -> None:
     write_completion(
         paths.directory,
         Completion(
-            request.kind, request.config_hash, files, {"inputs": request.inputs}, code_version()
+            request.kind,
+            request.config_hash,
+            files,
+            {"inputs": request.inputs, **request.details},
+            code_version(),
         ),
     )

@@ -18,7 +18,7 @@ from nemo_warp.pipeline.disk.attempts import list_attempts, progress
 from nemo_warp.pipeline.disk.state import QueuedJob, StageState, Status, exit_code, inspect
 from nemo_warp.pipeline.launch import slurm, slurm_jobs
 from nemo_warp.pipeline.recipe.load import Recipe
-from nemo_warp.pipeline.recipe.plan import FINAL, FRONT, REPORT, Stage, merge_name
+from nemo_warp.pipeline.recipe.plan import Stage, merge_name
 from nemo_warp.records import config_hash, write_text_atomically
 
 _LOCK_WAIT_S = 120.0
@@ -184,7 +184,7 @@ def _alike(recipe: Recipe, stages: list[Stage]) -> Iterator[list[Stage]]:
 
 
 def _at_the_end(stage: Stage, now: int, last: int) -> bool:
-    return stage.kind in (FRONT, FINAL, REPORT) and now < last
+    return "/" not in stage.name and now < last
 
 
 def _is_missing(stage: Stage, states: dict[str, StageState], jobs: dict[str, str]) -> bool:

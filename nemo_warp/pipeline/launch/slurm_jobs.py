@@ -17,7 +17,17 @@ from nemo_warp.pipeline.launch import slurm
 from nemo_warp.pipeline.launch.programs import node_counts
 from nemo_warp.pipeline.launch.steps import checkout, gpu_options
 from nemo_warp.pipeline.recipe.load import Recipe
-from nemo_warp.pipeline.recipe.plan import EVALUATION, FINAL, FRONT, MEMBER, MERGE, REPORT, Stage
+from nemo_warp.pipeline.recipe.plan import (
+    BENCHMARKS,
+    EVALUATION,
+    FINAL,
+    FRONT,
+    MEMBER,
+    MERGE,
+    PICK,
+    REPORT,
+    Stage,
+)
 from nemo_warp.places import shared
 from nemo_warp.records import write_text_atomically
 
@@ -50,6 +60,8 @@ RESOURCES = {
     REPORT: "driver",
     EVALUATION: "evaluation",
     FRONT: "evaluation",
+    PICK: "evaluation",
+    BENCHMARKS: "evaluation",
     DRIVER: "driver",
 }
 """Kind of stage -> whose `resources` of the recipe its job asks for."""
@@ -179,7 +191,9 @@ def job_shape(recipe: Recipe, kind: str, iteration: int = 0, member: int = 0) ->
 
 
 def _nodes(recipe: Recipe, kind: str, iteration: int, member: int) -> int:
-    if kind in (EVALUATION, FRONT):
+    if kind == BENCHMARKS:
+        return recipe.evaluation_config()["trainer"]["num_nodes"]
+    if kind in (EVALUATION, FRONT, PICK):
         config = {"trainer": recipe.evaluation_config()["trainer"]}
         return sum(node_counts(config, [*recipe.rewards().values(), *recipe.judges.values()]))
     if kind != MEMBER:

@@ -63,7 +63,9 @@ class Recipe:
     @functools.cached_property
     def stages(self) -> list[Stage]:
         """The plan."""
-        return build_plan(self.values["iterations"], self.values["members"])
+        values = self.values
+        pick, tasks = values["front"]["final_kl"] is not None, values["benchmarks"]["tasks"]
+        return build_plan(values["iterations"], values["members"], pick, bool(tasks))
 
     @functools.cached_property
     def cluster(self) -> dict[str, Any]:
@@ -288,6 +290,9 @@ def _make_absolute(values: dict[str, Any]) -> None:
     for key in ("run_directory", "sft", "init", "cluster"):
         if values[key] is not None:
             values[key] = os.path.abspath(values[key])
+    benchmarks = values["benchmarks"]
+    if benchmarks["include"] is not None:
+        benchmarks["include"] = os.path.abspath(benchmarks["include"])
     values["prompts"] = {k: os.path.abspath(p) for k, p in values["prompts"].items()}
     for reward in (*values["rewards"].values(), *values["judges"].values()):
         for key in ("model", "endpoint"):

@@ -118,6 +118,11 @@ class StagePaths:
         return self.directory / "points.jsonl"
 
     @property
+    def chosen(self) -> Path:
+        """What the search for a KL chose."""
+        return self.directory / "chosen.json"
+
+    @property
     def checkpoints(self) -> Path:
         """A member's training checkpoints, ``step_00000040`` and so on."""
         return self.directory / "checkpoints"

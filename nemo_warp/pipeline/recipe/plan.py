@@ -2,7 +2,8 @@
 
     iteration i:  member 1..M -> merge -> evaluation
                                   merge -> members of iteration i + 1
-    at the end:   merge of iteration I -> front (towards SFT), final -> report
+    at the end:   merge of iteration I -> front (towards SFT), final, benchmarks -> report
+                  with front.final_kl: front -> pick -> final
 
 The evaluation of an iteration and the members of the next one may run at the same time.
 """
@@ -11,12 +12,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MEMBER, MERGE, EVALUATION, FRONT, FINAL, REPORT = (
+MEMBER, MERGE, EVALUATION, FRONT, PICK, FINAL, BENCHMARKS, REPORT = (
     "member",
     "merge",
     "evaluation",
     "front",
+    "pick",
     "final",
+    "benchmarks",
     "report",
 )
 
@@ -55,8 +58,15 @@ def evaluation_name(iteration: int) -> str:
     return f"iteration_{iteration:02d}/evaluation"
 
 
-def build_plan(iterations: int, members: int) -> list[Stage]:
-    """All stages, each after the ones it needs."""
+def build_plan(
+    iterations: int, members: int, pick: bool = False, benchmarks: bool = False
+) -> list[Stage]:
+    """All stages, each after the ones it needs.
+
+    Args:
+        pick: whether the published policy is searched for at a KL.
+        benchmarks: whether there are any.
+    """
     stages: list[Stage] = []
     for i in range(1, iterations + 1):
         before = (merge_name(i - 1),) if i > 1 else ()
@@ -66,7 +76,10 @@ def build_plan(iterations: int, members: int) -> list[Stage]:
         stages.append(Stage(evaluation_name(i), EVALUATION, i, needs=(merge_name(i), *before)))
     last = (merge_name(iterations),)
     measured = tuple(evaluation_name(i) for i in range(1, iterations + 1))
-    stages.append(Stage("front", FRONT, iterations, needs=last))
-    stages.append(Stage("final", FINAL, iterations, needs=last))
-    stages.append(Stage("report", REPORT, iterations, needs=(*measured, "front", "final")))
-    return stages
+    picked = (PICK,) if pick else ()
+    ends = [Stage(FRONT, FRONT, iterations, needs=last)]
+    ends += [Stage(PICK, PICK, iterations, needs=(*last, FRONT))] if pick else []
+    ends += [Stage(FINAL, FINAL, iterations, needs=(*last, *picked))]
+    ends += [Stage(BENCHMARKS, BENCHMARKS, iterations, needs=last)] if benchmarks else []
+    needs = (*measured, *(stage.name for stage in ends))
+    return [*stages, *ends, Stage(REPORT, REPORT, iterations, needs=needs)]

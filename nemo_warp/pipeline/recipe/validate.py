@@ -27,7 +27,7 @@ _REPLACED = {
 """Keys of a member that the driver gives each member itself, with the recipe's key that counts."""
 _INSTEAD = {"seed": "seed or seeds", "directory": "run_directory"}
 _REPLACED_IN_SETTINGS = (
-    "directory", "base", "slerp", "sft", "etas", "rewards", "judges", "run_id"
+    "directory", "base", "slerp", "sft", "etas", "rewards", "judges", "run_id", "pick", "benchmarks"
 )  # fmt: skip
 
 
@@ -154,6 +154,8 @@ def _check_rates(values: dict[str, Any]) -> None:
     for key, numbers in (
         ("evaluation.etas", values["evaluation"]["etas"]),
         ("front.kappas", values["front"]["kappas"]),
+        ("benchmarks.kappas", values["benchmarks"]["kappas"]),
+        ("benchmarks.tasks", values["benchmarks"]["tasks"]),
     ):
         _require(len(set(numbers)) == len(numbers), f"{key} repeats a value")
 
@@ -243,6 +245,9 @@ def check_files(values: dict[str, Any]) -> None:
         for name, served in values[table].items():
             if served.get("model"):
                 files[f"{table}.{name}.model"] = served["model"]
+    include = values["benchmarks"]["include"]
+    if values["benchmarks"]["tasks"] and include is not None:
+        _require(os.path.isdir(include), f"benchmarks.include: no such directory: {include}")
     for key, path in files.items():
         _require(os.path.exists(path), f"{key}: no such file: {path}")
         _require(os.access(path, os.R_OK), f"{key}: {path} is not readable")

@@ -55,6 +55,20 @@ def angles(run: Path) -> dict[int, dict[str, float]]:
     return {iteration: values for iteration, values in found.items() if values}
 
 
+def published(run: Path) -> list[str]:
+    """Which policy of the front was published for a budget of KL, if one was."""
+    found = _json(run / "final/completion.json").get("details", {}).get("chosen")
+    if not found:
+        return []
+    point = found["point"]
+    judges = [f"{n} {v:.3f}" for n, v in (point.get("judges") or {}).items() if v is not None]
+    return [
+        f"Published for a budget of {found['budget']:g} nats (tolerance {found['tolerance']:g}): "
+        f"kappa {found['kappa']:g}, measured KL {found['kl']:.2f}, reward "
+        + ", ".join([f"{point['reward']:.3f}", *judges])
+    ]
+
+
 def judge_lines(curves: Sequence[Curve]) -> list[str]:
     """For each front and judge: whether the judge follows the reward, and until where."""
     lines = []

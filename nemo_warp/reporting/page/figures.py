@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from nemo_warp.reporting.page.benchmarks import Benchmark
 from nemo_warp.reporting.page.measures import Measures
 from nemo_warp.reporting.run import Curve
 from nemo_warp.reporting.style import FINAL_COLOUR, iteration_colour
@@ -144,6 +145,30 @@ def best_of(
             )
     figure.update_xaxes(title="KL to SFT, at most (nats per response)")
     figure.update_yaxes(title="reward of the best")
+    return figure
+
+
+def benchmarks(found: Sequence[Benchmark], most: int = 12) -> go.Figure:
+    """Each metric against KL (against kappa, where no KL is known), with its standard error."""
+    figure = _panels([b.name for b in found[:most]])
+    for panel, one in enumerate(found[:most]):
+        known = not any(math.isnan(kl) for kl in one.kls)
+        trace = go.Scatter(
+            x=one.kls if known else one.kappas,
+            y=one.values,
+            error_y={"array": one.errors, "thickness": 1, "width": 2},
+            mode="lines+markers",
+            showlegend=False,
+            hovertext=[
+                f"kappa {kappa:g}<br>{value:.4g}"
+                for kappa, value in zip(one.kappas, one.values, strict=True)
+            ],
+            hoverinfo="text",
+            line={"color": FINAL_COLOUR},
+        )
+        row, column = panel // 2 + 1, panel % 2 + 1
+        figure.add_trace(trace, row=row, col=column)
+        figure.update_xaxes(title=KL if known else "kappa", row=row, col=column)
     return figure
 
 

@@ -15,6 +15,7 @@ from string import Template
 
 from nemo_warp.records import write_text_atomically
 from nemo_warp.reporting.page import facts
+from nemo_warp.reporting.page.benchmarks import read_benchmarks, rows_of
 from nemo_warp.reporting.page.measures import TITLES, Measures
 from nemo_warp.reporting.run import Curve
 from nemo_warp.reporting.table import COLUMNS, judge_columns
@@ -83,7 +84,7 @@ def _sections(
     """Titles and HTML, in the order of a reader's questions."""
     from nemo_warp.reporting.page import figures  # needs plotly
 
-    yield "Reward against KL", _figure(figures.fronts(curves))
+    yield "Reward against KL", _figure(figures.fronts(curves)) + _lines(facts.published(run))
     judges = judge_columns(curves)
     if judges:
         shown = _figure(figures.judges(curves, judges))
@@ -93,6 +94,9 @@ def _sections(
     if rows:
         shown = _figure(figures.best_of(curves, measured))
         yield "Best of N", shown + _folded("numbers", _table(header, rows))
+    scored = read_benchmarks(run, curves)
+    if scored:
+        yield "Benchmarks", _figure(figures.benchmarks(scored)) + _table(*rows_of(scored))
     yield "Members while they train", _figure(figures.trajectories(curves))
     alarms = facts.alarms(curves)
     if alarms:

@@ -1,6 +1,7 @@
 """lm-evaluation-harness on the policy in memory, against plain softmax in float64."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import member_lab as lab
@@ -8,6 +9,9 @@ import pytest
 import torch
 from member_lab import Layout
 from ranks import run_ranks
+
+from nemo_warp import exit_codes
+from nemo_warp.records import hash_file, read_completion
 
 pytest.importorskip("lm_eval")
 pytestmark = pytest.mark.nemo
@@ -146,6 +150,89 @@ def test_equal_to_plain_softmax_at_every_layout(materials, tasks, tmp_path):
         )
         assert scores["choices"] == pytest.approx(first["choices"], abs=1e-9)
     assert 0 <= first["choices"]["acc"] <= 1 and first["verses"]["bits_per_byte"] > 0
+
+
+def _theirs(checkpoint, pairs):
+    """lm-eval's own class for NeMo, which wants a GPU by name."""
+    from unittest import mock
+
+    from lightning.pytorch.trainer import trainer
+    from lm_eval.models import nemo_lm
+
+    def on_the_cpu(**settings):
+        return trainer_class(**settings | {"accelerator": "cpu"})
+
+    trainer_class = trainer.Trainer
+    with mock.patch.object(trainer, "Trainer", on_the_cpu):
+        model = nemo_lm.NeMoLM(str(checkpoint), max_length=32, precision="32-true")
+    return model.loglikelihood(_requests(pairs))
+
+
+def _ours(materials, directory, pairs):
+    from nemo_warp.aligner.evaluation.language_model import PolicyLM
+
+    model = _policy(materials, directory, lab.SINGLE)
+    with model.inference():
+        return PolicyLM(model, micro_batch_size=2).loglikelihood(_requests(pairs), True)
+
+
+def test_equal_to_lm_evals_own_class(materials, tmp_path):
+    """Where that one is right: a context that is not empty and is not cut."""
+    pairs = [PAIRS[0], PAIRS[2], ("And God saw", " the light"), ("it was", " good. And God")]
+    ours = run_ranks(_ours, 1, materials, tmp_path, pairs)[0]
+    theirs = run_ranks(_theirs, 1, materials.sft, pairs)[0]
+    for (found, greedy), (expected, best) in zip(ours, theirs, strict=True):
+        assert found == pytest.approx(expected, abs=2e-4)
+        assert greedy == bool(best)
+
+
+def _benchmark(config, *overrides):
+    from nemo_warp.aligner import benchmark
+
+    return benchmark.main(["--config", str(config), *overrides])
+
+
+def test_benchmarks_along_a_front(materials, tasks, tmp_path, capfd):
+    """A program of its own; a restart scores only what is missing; both ends are their models'."""
+    config = {
+        "directory": str(tmp_path / "benchmarks"),
+        "base": str(materials.sft),
+        "slerp": str(materials.other),
+        "sft": str(materials.sft),
+        "etas": [0.0, 1.0],
+        "prompts": {"heldout": str(materials.heldout)},
+        "rollout": {"max_response_tokens": 6, "micro_batch_size": 2},
+        "rewards": [],
+        "evaluation": {"num_prompts": 8},
+        "benchmarks": {"tasks": ["verses", "choices"], "include": str(tasks), "limit": 6},
+        "trainer": {"devices": 1, "accelerator": "auto", "precision": "32"},
+        "model": {"megatron_amp_O2": False},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps(config))
+    assert run_ranks(_benchmark, 1, path) == [exit_codes.DONE]
+    file = tmp_path / "benchmarks/points.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    scores = [json.loads(line)["scores"] for line in lines]
+    assert [json.loads(line)["eta"] for line in lines] == [0.0, 1.0]
+    for found, model in zip(scores, (materials.sft, materials.other), strict=True):
+        at_both = replace(materials, sft=model)
+        (_, _, _, expected) = run_ranks(_answers, 1, at_both, tmp_path, lab.SINGLE, tasks)[0]
+        assert found["verses"] == pytest.approx(expected["verses"], abs=1e-5)
+    assert scores[0]["verses"] != scores[1]["verses"]
+    assert read_completion(tmp_path / "benchmarks").files["points.jsonl"] == hash_file(file)
+    (tmp_path / "benchmarks/completion.json").unlink()
+    file.write_text(lines[0])
+    assert run_ranks(_benchmark, 1, path) == [exit_codes.DONE]
+    assert file.read_text() == "".join(lines)
+    for override, message in (
+        ("benchmarks.tasks=[]", "benchmarks.tasks is empty"),
+        ("benchmarks.include=/nowhere", "no such directory: /nowhere"),
+        ("benchmarks.tasks=[no_such]", "lm-eval knows no task 'no_such'"),
+    ):
+        elsewhere = f"directory={tmp_path / 'other'}"
+        assert run_ranks(_benchmark, 1, path, elsewhere, override) == [exit_codes.MISCONFIGURED]
+        assert message in capfd.readouterr().err
 
 
 def _refusals(materials, directory):

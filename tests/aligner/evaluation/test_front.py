@@ -150,6 +150,30 @@ def test_front_at_another_layout(front, front_config, tmp_path):
         assert here.texts == there.texts
 
 
+def test_the_policy_at_a_kl_is_searched_for(front, front_config, tmp_path, capfd):
+    """From the points of the front, on the same prompts, to the tolerance; twice the same."""
+    points = {p["eta"]: p["kl_to_sft_exact"] for p in points_of(front)}
+    budget = (points[0.5] + points[1.0]) / 2
+    overrides = [f"pick.kl={budget}", "pick.tolerance=0.002", f"pick.known={front}/points.jsonl"]
+    for name in ("a", "b"):
+        directory = f"directory={tmp_path / name}"
+        assert run_ranks(evaluate, 1, front_config, directory, *overrides) == [exit_codes.DONE]
+    chosen = json.loads((tmp_path / "a/chosen.json").read_text())
+    assert (tmp_path / "b/chosen.json").read_text() == (tmp_path / "a/chosen.json").read_text()
+    assert 0.5 < chosen["kappa"] < 1.0 and budget - 0.002 <= chosen["kl"] <= budget
+    measured = points_of(tmp_path / "a")
+    assert all(p["eta"] not in points for p in measured), "known points are not measured again"
+    (point,) = [p for p in measured if p["eta"] == chosen["kappa"]]
+    assert chosen["point"]["reward"] == point["reward"]
+    assert chosen["point"]["judges"] == point["judges"]
+    record = read_completion(tmp_path / "a")
+    assert record.details["chosen"] == chosen
+    assert f"responses/init_{chosen['kappa']:.8g}.jsonl.gz" in record.files
+    beyond = [f"directory={tmp_path / 'c'}", "pick.kl=99", *overrides[1:]]
+    assert run_ranks(evaluate, 1, front_config, *beyond) == [exit_codes.MISCONFIGURED]
+    assert "a budget of 99 nats is outside of the front" in capfd.readouterr().err
+
+
 def test_eta_out_of_range(front_config, capfd):
     assert run_ranks(evaluate, 1, front_config, "etas=[0,3]") == [exit_codes.MISCONFIGURED]
     assert "is 3, expected a number (0 to 2)" in capfd.readouterr().err

@@ -30,6 +30,8 @@ def test_every_stage_comes_after_what_it_needs() -> None:
         assert set(stage.needs) <= seen
         seen.add(stage.name)
     assert len(plan) == 3 * 4 + 3
+    whole = [s.name for s in build_plan(1, 1, pick=True, benchmarks=True)]
+    assert whole[3:] == ["front", "pick", "final", "benchmarks", "report"]
     second = next(s for s in plan if s.name == "iteration_02/member_01")
     assert second.needs == ("iteration_01/merge",), "not the evaluation"
 
