@@ -245,7 +245,9 @@ def reason_of(error: BaseException) -> str:
 
 
 def _checked(value: Any) -> Outcome:
-    """The value in float32, or why it cannot be a reward."""
+    """The value in float32, or why it cannot be a reward; an exception among scores is a reason."""
+    if isinstance(value, BaseException):
+        return math.nan, reason_of(value)
     with np.errstate(over="ignore"):
         number = float(np.float32(float(value)))
     return (number, "") if math.isfinite(number) else (math.nan, f"the reward returned {value}")

@@ -123,7 +123,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {arguments.batch_size}")
     score = load_callable(arguments.callable, options)
-    together = arguments.batch_size if arguments.batch else 0
+    lists = arguments.batch or getattr(score, "takes_lists", False)
+    together = arguments.batch_size if lists else 0
     scoring = Scoring(score, arguments.concurrency, together)
     desk = Desk(scoring)
     serving = Serving(
