@@ -52,7 +52,12 @@ def expressible(family: str, tensor: int, pipeline: int) -> bool:
 
 
 def write_hf_model(
-    folder: Path, family: str, seed: int = 0, near: Path | None = None, **options: Any
+    folder: Path,
+    family: str,
+    seed: int = 0,
+    near: Path | None = None,
+    vocabulary: int | None = None,
+    **options: Any,
 ) -> Path:
     """Save a random model; returns the folder.
 
@@ -61,11 +66,12 @@ def write_hf_model(
         family: of `FAMILIES`.
         seed: of the weights.
         near: write this model with small random changes instead of another one.
+        vocabulary: rows of the embedding, other than the family's here.
         **options: of ``save_pretrained``.
     """
     import transformers
 
-    keys = {**_SIZES, **FAMILIES[family]}
+    keys = {**_SIZES, **FAMILIES[family]} | ({"vocab_size": vocabulary} if vocabulary else {})
     config = transformers.AutoConfig.for_model(keys.pop("model_type"), **keys)
     torch.manual_seed(seed)
     fresh = transformers.AutoModelForCausalLM.from_config

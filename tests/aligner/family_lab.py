@@ -88,7 +88,7 @@ def member_config(walk: Walk, name: str, layout: Layout, seed: int) -> Path:
             "rollout": {"prompts_per_step": 4, "samples_per_prompt": 2, "micro_batch_size": 4,
                         "max_response_tokens": 6, "temperature": TEMPERATURE},
             "evaluation": {"num_prompts": 8, "num_samples_shown": 1},
-            "rewards": [{"name": "vader", "endpoint": str(walk.endpoint)}],
+            "rewards": [{"name": "vader", "weight": 1.0, "endpoint": str(walk.endpoint)}],
             "optim": {"name": "adamw", "lr": 1e-2, "warmup_steps": 1},
             "loggers": {"tensorboard": False},
             **engine(layout),
@@ -176,7 +176,7 @@ def front(walk: Walk, layout: Layout) -> list[dict[str, Any]]:
         **{"etas": [0.0, 1.0], "run_id": "test"},
         "prompts": {"heldout": str(walk.path("prompts.jsonl"))},
         "rollout": {"max_response_tokens": 6, "micro_batch_size": 4},
-        "rewards": [{"name": "vader", "endpoint": str(walk.endpoint)}],
+        "rewards": [{"name": "vader", "weight": 1.0, "endpoint": str(walk.endpoint)}],
         "evaluation": {"num_prompts": 8, "exact_kl": True, "num_samples_shown": 0},
         **engine(layout),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ class Prompt:
     fields: dict[str, Any] = field(default_factory=dict)
 
 
-def tokenize(lines: list[PromptLine], tokenizer: Any, max_tokens: int, path: Path) -> list[Prompt]:
+def tokenize(
+    lines: list[PromptLine], encode: Callable[[str], list[int]], max_tokens: int, path: Path
+) -> list[Prompt]:
     """Tokenize prompts, refusing one that is empty or longer than ``max_tokens``.
 
     Raises:
@@ -26,7 +29,7 @@ def tokenize(lines: list[PromptLine], tokenizer: Any, max_tokens: int, path: Pat
     """
     prompts = []
     for number, line in enumerate(lines, 1):
-        tokens = tokenizer.text_to_ids(line.text)
+        tokens = encode(line.text)
         if not tokens:
             raise ValueError(f"{path}: prompt {number} ({line.text!r}) has no tokens; remove it")
         if len(tokens) > max_tokens:

@@ -194,7 +194,7 @@ class Evaluator:
         return records
 
     def _text(self, rollouts: Rollouts, row: int) -> str:
-        return response_of(rollouts, row, self.model.tokenizer)
+        return response_of(rollouts, row, self.model)
 
 
 def _rows(parts: Tensor | None, count: int) -> list[list[float]]:

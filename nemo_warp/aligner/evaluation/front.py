@@ -123,7 +123,7 @@ class _Front:
         self._rewards.connect(prompts={"heldout": self.texts})
         model = line.policy.model
         tokens = max_prompt_tokens(config, config.base)
-        prompts = tokenize(self.texts, model.tokenizer, tokens, Path(config.prompts.heldout))
+        prompts = tokenize(self.texts, model.prompt_encoder(), tokens, Path(config.prompts.heldout))
         return Evaluator(config, model, prompts, self._rewards, line.sft)
 
 

@@ -210,9 +210,8 @@ def _newest_intact(checkpoints: list[Path]) -> Path:
 
 
 def _tokenize(config: Any, model: Any, name: str, texts: list[PromptLine]) -> list[Prompt]:
-    return tokenize(
-        texts, model.tokenizer, max_prompt_tokens(config, config.init), Path(config.prompts[name])
-    )
+    longest, path = max_prompt_tokens(config, config.init), Path(config.prompts[name])
+    return tokenize(texts, model.prompt_encoder(), longest, path)
 
 
 def _open_log(config: Any, step: int) -> MetricsLog | SilentLog:

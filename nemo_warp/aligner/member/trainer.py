@@ -279,7 +279,7 @@ class WarpReinforceTrainer:
         told: dict[str, Any] = {"rewards": self.rewards.means(rollouts)}
         if self._due(self.config.run.eval_interval):
             number = self.config.evaluation.num_samples_shown
-            told["samples"] = shown(rollouts, number, self.model.tokenizer)
+            told["samples"] = shown(rollouts, number, self.model)
         return told
 
     def _report(self, metrics: dict[str, Any], bar: tqdm) -> None:

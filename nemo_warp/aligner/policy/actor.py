@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ from nemo_aligner.models.nlp.gpt.megatron_gpt_reinforce_actor import MegatronGPT
 from omegaconf import DictConfig
 from torch import Tensor
 
+from nemo_warp.aligner.entry.special_tokens import Encode, encoder_of, with_begin
 from nemo_warp.aligner.policy.passes import ForwardPasses
+from nemo_warp.aligner.policy.stored_config import needs_begin_token
 from nemo_warp.aligner.weights.sharded import ShardedWeights
 
 
@@ -44,6 +47,31 @@ class WarpActorModel(ForwardPasses, MegatronGPTReinforceActorModel):
         if self.use_trtllm_generation:  # upstream builds all engines of a machine in one directory
             exporter = self.trtllm_generate.trt_llm_exporter
             exporter.model_dir = cfg.reinforce.engine_directory
+
+    def _build_tokenizer(self) -> None:
+        """NeMo's, which also reads special tokens that a text spells out (prompts, end strings)."""
+        super()._build_tokenizer()
+        self.tokenizer.text_to_ids = encoder_of(self.tokenizer)
+
+    def prompt_encoder(self) -> Encode:
+        """From a prompt's text to its tokens, BOS first where the family needs it.
+
+        Gemma does, and who was imported from a folder whose tokenizer adds it.
+        """
+        begin = getattr(self.tokenizer, "bos_id", None)
+        if begin is None or begin < 0 or not needs_begin_token(self.cfg):
+            return self.tokenizer.text_to_ids
+        return with_begin(self.tokenizer.text_to_ids, begin)
+
+    def response_text(self, tokens: list[int]) -> str:
+        """A response without its end: the end-of-sequence token, or an end string's one token."""
+        return str(self.tokenizer.ids_to_text([t for t in tokens if t not in self._end_tokens]))
+
+    @cached_property
+    def _end_tokens(self) -> set[int]:
+        ends = self.cfg.reinforce.sampling_params.end_strings
+        encoded = [self.tokenizer.text_to_ids(text) for text in ends]
+        return {self.tokenizer.eos_id} | {ids[0] for ids in encoded if len(ids) == 1}
 
     @contextmanager
     def inference(self) -> Iterator[None]:

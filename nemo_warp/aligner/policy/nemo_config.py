@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_warp.aligner.entry.engine import engine_batch_size, engine_directory
 from nemo_warp.aligner.entry.validation import max_prompt_tokens
-from nemo_warp.aligner.policy.stored_config import stored_config
+from nemo_warp.aligner.policy.stored_config import imported_end_strings, stored_config
 from nemo_warp.config import overlaid, to_plain
 
 _DISTRIBUTED_ADAM = "distributed_fused_adam"
@@ -46,6 +47,8 @@ def nemo_config(
     )
     longest = max_prompt_tokens(config, checkpoint)
     overrides = _model_overrides(plain, longest, global_batch_size, max_steps)
+    ends = overrides["reinforce"]["sampling_params"]["end_strings"]
+    ends += [text for text in imported_end_strings(Path(checkpoint)) if text not in ends]
     with open_dict(tree):
         tree.model = stored_config(checkpoint, OmegaConf.create(overrides))
     return tree
@@ -55,7 +58,10 @@ def _model_overrides(
     plain: dict[str, Any], longest_prompt: int, global_batch_size: int, max_steps: int
 ) -> dict:
     model = {k: v for k, v in plain["model"].items() if k != "extra"}
+    tensor = plain["model"]["tensor_model_parallel_size"]
     overrides = model | {
+        # Megatron-core refuses it at TP 1, before NeMo would switch it off
+        "sequence_parallel": plain["model"]["sequence_parallel"] and tensor > 1,
         "global_batch_size": global_batch_size,
         "precision": plain["trainer"]["precision"],
         "seed": 1234,  # of NeMo itself; prompt order and sampling are seeded per step

@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import shutil
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,16 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_warp.aligner.compat.kernels import absent_kernels
 from nemo_warp.checkpoints.containers.archive import open_archive
+from nemo_warp.checkpoints.containers.configuration import CONFIG, read_configuration
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.families.importing import ORIGIN
-from nemo_warp.checkpoints.families.tokenizer import FAST, stored_tokenizer, write_files
+from nemo_warp.checkpoints.families.tokenizer import (
+    FAST,
+    SETTINGS,
+    stored_tokenizer,
+    token_texts,
+    write_files,
+)
 from nemo_warp.config import overlaid
 
 _READ_ALWAYS = dict.fromkeys(
@@ -51,18 +59,36 @@ def stored_config(checkpoint: str, overrides: DictConfig) -> DictConfig:
     return config
 
 
+def needs_begin_token(config: DictConfig) -> bool:
+    """Whether prompts begin with BOS: Gemma, or imported with a tokenizer that adds it.
+
+    Args:
+        config: a checkpoint's NeMo configuration.
+    """
+    gemma = config.get("layernorm_zero_centered_gamma") and config.get("apply_embedding_scaling")
+    settings = _origin(config).get(SETTINGS)
+    return bool(gemma or (isinstance(settings, Mapping) and settings.get("add_bos_token")))
+
+
+def imported_end_strings(checkpoint: Path) -> list[str]:
+    """Texts of the tokens that end a response beside EOS, as the imported model says it itself.
+
+    Llama 3 ends its turns with ``<|eot_id|>``, Gemma with ``<end_of_turn>``: its
+    generation_config.json names several tokens. None of a checkpoint that was not imported.
+    """
+    files = _inside(checkpoint)
+    generation = files.get("generation_config.json")
+    ends = generation.get("eos_token_id") if isinstance(generation, Mapping) else None
+    return token_texts(files, ends) if isinstance(ends, Sequence) else []
+
+
 def unpacked_tokenizer(checkpoint: Path) -> Path | None:
     """A folder with the Hugging Face tokenizer of a ``.nemo``; it goes with the process.
 
     NeMo loads such tokenizers by name or folder only (tokenizer_utils.py, get_nmt_tokenizer).
     None if the ``.nemo`` holds none.
     """
-    try:
-        archive = open_archive(checkpoint)
-        config = _configuration(checkpoint)
-        files = stored_tokenizer(archive, config, config.get(ORIGIN))
-    except CheckpointError:
-        return None
+    files = _inside(checkpoint)
     if FAST not in files:
         return None
     folder = Path(tempfile.mkdtemp(prefix="nemo-warp-tokenizer-"))
@@ -71,10 +97,21 @@ def unpacked_tokenizer(checkpoint: Path) -> Path | None:
     return folder
 
 
-def _configuration(checkpoint: Path) -> dict[str, Any]:
-    from nemo_warp.aligner.entry.validation import read_model_config
+def _inside(checkpoint: Path) -> dict[str, Any]:
+    """The tokenizer's files in a ``.nemo``; {} of other formats."""
+    try:
+        archive = open_archive(checkpoint)
+        if CONFIG not in archive.members:
+            return {}
+        config = read_configuration(archive)
+        return stored_tokenizer(archive, config, config.get(ORIGIN))
+    except CheckpointError:
+        return {}
 
-    return read_model_config(checkpoint)
+
+def _origin(config: DictConfig) -> Mapping[str, Any]:
+    found = (config.get(ORIGIN) or {}).get("files")
+    return found if isinstance(found, Mapping) else {}
 
 
 def _check_name(name: str, checkpoint: str) -> None:

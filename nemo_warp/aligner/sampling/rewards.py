@@ -208,7 +208,7 @@ class RewardSource:
 
 
 def response_texts(actor: Any, output: dict[str, Tensor]) -> list[str]:
-    """Decoded responses without prompt and end-of-sequence token."""
+    """Decoded responses without prompt and end."""
     texts = []
     rows = zip(
         output["response_tokens"].tolist(),
@@ -217,8 +217,7 @@ def response_texts(actor: Any, output: dict[str, Tensor]) -> list[str]:
         strict=True,
     )
     for tokens, start, stop in rows:
-        response = [t for t in tokens[start:stop] if t != actor.tokenizer.eos_id]
-        texts.append(actor.tokenizer.ids_to_text(response))
+        texts.append(actor.response_text(tokens[start:stop]))
     return texts
 
 

@@ -54,22 +54,21 @@ class Rollouts:
         return self.lengths - self.prompt_lengths
 
 
-def response_of(rollouts: Rollouts, row: int, tokenizer: Any) -> str:
-    """A response as its rewards saw it, without the end token."""
+def response_of(rollouts: Rollouts, row: int, actor: WarpActorModel) -> str:
+    """A response as its rewards saw it, without its end."""
     start, stop = int(rollouts.prompt_lengths[row]), int(rollouts.lengths[row])
-    tokens = rollouts.tokens[row, start:stop].tolist()
-    return tokenizer.ids_to_text([token for token in tokens if token != tokenizer.eos_id])
+    return actor.response_text(rollouts.tokens[row, start:stop].tolist())
 
 
-def shown(rollouts: Rollouts, number: int, tokenizer: Any) -> list[dict[str, Any]]:
+def shown(rollouts: Rollouts, number: int, actor: WarpActorModel) -> list[dict[str, Any]]:
     """The first ``number`` samples, for people: ``prompt``, ``response`` and ``reward``."""
     found = []
     for row in range(min(number, len(rollouts.tokens))):
         prompt = rollouts.tokens[row, : int(rollouts.prompt_lengths[row])].tolist()
         reward = None if rollouts.failed[row] else rollouts.rewards[row].item()
-        response = response_of(rollouts, row, tokenizer)
+        response = response_of(rollouts, row, actor)
         found.append(
-            {"prompt": tokenizer.ids_to_text(prompt), "response": response, "reward": reward}
+            {"prompt": actor.tokenizer.ids_to_text(prompt), "response": response, "reward": reward}
         )
     return found
 

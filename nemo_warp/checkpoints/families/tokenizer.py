@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,21 @@ def stored_tokenizer(archive: Archive, config: dict[str, Any], origin: Any) -> d
             if name in archive.members and name.endswith(f"_{kind}"):
                 found[kind] = archive.read(name)
     return found
+
+
+def token_texts(files: dict[str, Any], tokens: Sequence[int]) -> list[str]:
+    """Texts of special tokens, as far as they are known.
+
+    Args:
+        files: see `stored_tokenizer`.
+        tokens: their numbers.
+    """
+    added = json.loads(files[FAST]).get("added_tokens") or [] if FAST in files else []
+    settings = files.get(SETTINGS)
+    table = settings.get("added_tokens_decoder") if isinstance(settings, dict) else None
+    known = {int(number): entry["content"] for number, entry in (table or {}).items()}
+    known |= {entry["id"]: entry["content"] for entry in added}
+    return [known[token] for token in tokens if token in known]
 
 
 def write_files(folder: Path, files: dict[str, Any]) -> None:
