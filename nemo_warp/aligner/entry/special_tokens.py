@@ -44,7 +44,7 @@ def with_begin(encode: Encode, begin: int) -> Encode:
 
 def _control_pieces(tokenizer: Any) -> dict[str, int]:
     """Text -> token; none for tokenizers other than SentencePiece's, or in NeMo's legacy mode."""
-    processor = getattr(tokenizer, "tokenizer", None)
+    processor: Any = getattr(tokenizer, "tokenizer", None)
     if not hasattr(processor, "is_control") or getattr(tokenizer, "legacy", False):
         return {}
     size = range(processor.get_piece_size())
