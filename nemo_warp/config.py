@@ -101,6 +101,9 @@ _ADDED: dict[str, Any] = {
     "evaluation.generations": 1,
     "pick": dataclasses.asdict(Pick()),
     "benchmarks": dataclasses.asdict(Benchmarks()),
+    "prompts.too_long": "refuse",
+    "prompts.template": None,
+    "prompts.add_bos": False,
 }
 """Keys that came later, with the value under which all is as it was before them.
 

@@ -84,7 +84,7 @@ def check_models(config: DictConfig) -> None:
 
 
 def check_evaluation(config: DictConfig) -> list[PromptLine]:
-    """Refuse what cannot work; returns the held-out prompts in use.
+    """Refuse what cannot work; returns the held-out prompts to take from.
 
     Raises:
         ValueError: with one clear sentence.
@@ -102,7 +102,7 @@ def check_evaluation(config: DictConfig) -> list[PromptLine]:
             f"{config.prompts.heldout} has {len(texts)} prompts, but evaluation.num_prompts is "
             f"{count}"
         )
-    return texts[:count]
+    return texts if config.prompts.too_long == "drop" else texts[:count]
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from nemo_warp.schema.shared import (
     Evaluation,
     JudgeEntry,
     Model,
+    PromptRules,
     RewardClient,
     RewardEntry,
     Rollout,
@@ -18,11 +19,10 @@ from nemo_warp.schema.shared import (
 
 
 @dataclass
-class HeldoutPrompts:
+class HeldoutPrompts(PromptRules):
     """``prompts`` of an evaluation."""
 
     heldout: str = key(REQUIRED, "JSON lines", nonempty=True)
-    max_tokens: int | None = key(None, "longer prompts are refused", unit="tokens", low=1)
     key: str = key("prompt", "the field that holds the text", nonempty=True)  # last: hides `key`
 
 

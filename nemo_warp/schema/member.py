@@ -12,6 +12,7 @@ from nemo_warp.schema.shared import (
     JudgeEntry,
     Model,
     Optim,
+    PromptRules,
     RewardClient,
     RewardEntry,
     Rollout,
@@ -46,15 +47,11 @@ class Run:
 
 
 @dataclass
-class MemberPrompts:
+class MemberPrompts(PromptRules):
     """``prompts`` of a member."""
 
     train: str = key(REQUIRED, "JSON lines", nonempty=True)
     heldout: str = key(REQUIRED, "JSON lines; none of them is trained on", nonempty=True)
-    max_tokens: int | None = key(
-        None, "longer prompts are refused; null is what the context leaves room for",
-        unit="tokens", low=1,
-    )  # fmt: skip
     key: str = key("prompt", "the field that holds the text", nonempty=True)  # last: hides `key`
 
 

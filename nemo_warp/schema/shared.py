@@ -9,6 +9,24 @@ from nemo_warp.schema.key import REQUIRED, key, section
 
 
 @dataclass
+class PromptRules:
+    """Keys that ``prompts`` of a member and of an evaluation share."""
+
+    max_tokens: int | None = key(
+        None, "longest prompt, template and BOS included; null is what the context leaves room for",
+        unit="tokens", low=1,
+    )  # fmt: skip
+    too_long: str = key("refuse", "what becomes of a longer one", choices=("refuse", "drop"))
+    template: str | None = key(
+        None, "text around every prompt, such as a chat template's; null is none",
+        pattern=r"(?s).*\{prompt\}.*", pattern_help="with {prompt} in it",
+    )  # fmt: skip
+    add_bos: bool = key(
+        False, "put the tokenizer's BOS before a prompt that does not begin with it"
+    )
+
+
+@dataclass
 class TensorRT:
     """``rollout.trt_llm``: generation with TensorRT-LLM, in the NeMo container."""
 

@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig
 
 from nemo_warp import exit_codes
-from nemo_warp.aligner.entry.prompts import tokenize
+from nemo_warp.aligner.entry.prompts import Rules, encoder, tokenize
 from nemo_warp.aligner.entry.validation import max_prompt_tokens
 from nemo_warp.aligner.entry.versions import package_versions
 from nemo_warp.aligner.evaluation.evaluator import Evaluator
@@ -122,9 +122,11 @@ class _Front:
         self._rewards = RewardSource(config, config.run_id)
         self._rewards.connect(prompts={"heldout": self.texts})
         model = line.policy.model
-        tokens = max_prompt_tokens(config, config.base)
-        prompts = tokenize(self.texts, model.prompt_encoder(), tokens, Path(config.prompts.heldout))
-        return Evaluator(config, model, prompts, self._rewards, line.sft)
+        rules = Rules.of(config.prompts, max_prompt_tokens(config, config.base))
+        encode = encoder(model.prompt_encoder(), model.tokenizer, config.prompts.add_bos)
+        file, count = Path(config.prompts.heldout), config.evaluation.num_prompts
+        prompts = tokenize(self.texts, encode, rules, file, count)
+        return Evaluator(config, model, prompts[:count], self._rewards, line.sft)
 
 
 def _complete(config: DictConfig, path: Path, chosen: dict[str, Any] | None) -> None:

@@ -11,7 +11,7 @@ import torch
 from nemo.utils import logging
 
 from nemo_warp import exit_codes
-from nemo_warp.aligner.entry.prompts import Prompt, tokenize
+from nemo_warp.aligner.entry.prompts import Prompt, Rules, describe, encoder, lacking_bos, tokenize
 from nemo_warp.aligner.entry.validation import max_prompt_tokens
 from nemo_warp.aligner.entry.versions import package_versions
 from nemo_warp.aligner.evaluation.evaluator import Evaluator
@@ -158,8 +158,9 @@ def finish(config: Any, texts: dict[str, list[PromptLine]], member: Member) -> N
             "seed": config.run.seed,
             "evaluation_seed": config.evaluation.seed,
             "prompt_order_hash": order_hash(
-                [line.text for line in texts["train"]], config.run.seed
+                [prompt.text for prompt in trainer.prompts], config.run.seed
             ),
+            **_left_out(trainer, texts["train"]),
             "dtype": config.export.dtype,
             "rewards": fingerprints,
             "baseline": trainer.objective.baseline,
@@ -174,6 +175,12 @@ def finish(config: Any, texts: dict[str, list[PromptLine]], member: Member) -> N
         )
         write_completion(directory, record)
     torch.distributed.barrier()
+
+
+def _left_out(trainer: WarpReinforceTrainer, lines: list[PromptLine]) -> dict[str, int]:
+    """How many prompts were too long to be trained on, where there are any."""
+    dropped = len(lines) - len(trainer.prompts)
+    return {"prompts_dropped": dropped} if dropped else {}
 
 
 def _resume(config: Any, policy: Policy, anchor: EmaAnchor | None) -> dict[str, Any]:
@@ -209,9 +216,18 @@ def _newest_intact(checkpoints: list[Path]) -> Path:
     )
 
 
-def _tokenize(config: Any, model: Any, name: str, texts: list[PromptLine]) -> list[Prompt]:
-    longest, path = max_prompt_tokens(config, config.init), Path(config.prompts[name])
-    return tokenize(texts, model.prompt_encoder(), longest, path)
+def _tokenize(config: Any, model: Any, name: str, lines: list[PromptLine]) -> list[Prompt]:
+    rules = Rules.of(config.prompts, max_prompt_tokens(config, config.init))
+    file, needed = Path(config.prompts[name]), 1
+    if name == "heldout":
+        needed = config.evaluation.num_prompts
+    encode = encoder(model.prompt_encoder(), model.tokenizer, config.prompts.add_bos)
+    prompts = tokenize(lines, encode, rules, file, needed)
+    for line in describe(prompts, len(lines), model.tokenizer, file):
+        logging.info(line)
+    if name == "train" and (warning := lacking_bos(prompts, model.tokenizer)):
+        logging.warning(warning)
+    return prompts
 
 
 def _open_log(config: Any, step: int) -> MetricsLog | SilentLog:

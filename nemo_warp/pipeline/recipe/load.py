@@ -110,7 +110,7 @@ class Recipe:
     def _evaluation_config(self) -> dict[str, Any]:
         """conf/evaluation.yaml with the recipe's settings; sections a member has are its."""
         member = self._resolved_member(1, 1)
-        prompts = {key: member["prompts"][key] for key in ("heldout", "key", "max_tokens")}
+        prompts = {key: value for key, value in member["prompts"].items() if key != "train"}
         shared = {key: member[key] for key in _SHARED_SECTIONS} | {
             "prompts": prompts,
             "sft": self.values["sft"],

@@ -10,6 +10,7 @@ from ranks import run_ranks
 from reward_servers import STRANGE, running
 
 from nemo_warp import exit_codes
+from nemo_warp.records import read_completion
 
 pytestmark = pytest.mark.nemo
 
@@ -37,6 +38,7 @@ def told(materials, member_vader, tmp_path_factory):
     with running(directory, STRANGE, run_id="test") as other:
         config = lab.member_config(
             materials, directory / "member", profile={"first_step": 1, "num_steps": 2},
+            prompts={"too_long": "drop", "max_tokens": 7, "add_bos": True},
             also=["trainer.gradient_clip_val=1e-4"],
         )  # fmt: skip
         config.rewards = [
@@ -94,6 +96,14 @@ def test_the_log_says_what_a_rank_will_hold_and_has_plain_lines(told):
     assert "held" in log and "optimizer" in log and "at most" in log
     bars = [line for line in log.splitlines() if "4/4" in line]
     assert bars and "\r" not in log and "reward=" in bars[-1]
+
+
+def test_prompts_that_are_too_long_are_counted_and_one_is_shown(told):
+    """Two of the 18 prompts have more than 6 tokens, and BOS is put before all."""
+    assert read_completion(told[0]).details["prompts_dropped"] == 2
+    assert "train.jsonl: 2 of 18 prompts are too long and left out" in told[1]
+    assert "train.jsonl: the first prompt's 4 tokens: <s>=1 " in told[1]
+    assert "do not begin with it" not in told[1]
 
 
 def test_flops_utilisation_by_hand(nemo, monkeypatch):
