@@ -29,6 +29,7 @@ COMMANDS = {
     "pick": ("nemo_warp.pipeline.commands.pick", "publish the policy of a front at a KL"),
     "report": ("nemo_warp.reporting.report", "one page of everything a run has measured"),
     "compare": ("nemo_warp.reporting.compare", "two policies side by side, or runs over seeds"),
+    "study": ("nemo_warp.study.command", "variants of a recipe times seeds, and what they show"),
     "keys": ("nemo_warp.keys", "every configuration key: type, default, range, meaning"),
     "logs": ("nemo_warp.pipeline.commands.logs", "what a stage printed; -f follows it"),
     "clean": ("nemo_warp.pipeline.commands.clean", "remove what a run needs no more"),

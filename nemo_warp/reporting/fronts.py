@@ -57,8 +57,13 @@ def front_of(run: Path) -> Curve:
 
 
 def compare(groups: Sequence[Group]) -> tuple[str, dict[str, Any]]:
-    """A table for people, and the same numbers; differences are to the first group."""
-    limit = min(max(f.column("kl_to_sft")) for group in groups for f in group.fronts)
+    """A table for people, and the same numbers; differences are to the first group.
+
+    The range of KL is the one that all of the first group's fronts cover. Where another front ends
+    before, its reward is left out, and its hypervolume goes on with its best reward.
+    """
+    # A policy of little KL would hide what the others do beyond it: the first group sets the range.
+    limit = min(max(f.column("kl_to_sft")) for f in groups[0].fronts)
     floor = max(min(f.column("reward")) for group in groups for f in group.fronts)
     kls = round_kls(limit)
     measured = {group.name: _measures(group, limit, floor, kls) for group in groups}

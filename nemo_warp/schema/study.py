@@ -1,0 +1,51 @@
+"""A study's file: variants of a recipe, their seeds, and the pictures they go into."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nemo_warp.schema.key import REQUIRED, key
+
+
+@dataclass
+class Variant:
+    """An entry of ``variants``: what differs from the recipe."""
+
+    overrides: list[str] = key([], "key=value each, as for nemo-warp run")
+    seeds: list[int] | None = key(None, "other seeds than the study's", low=0, nonempty=True)
+    members_of: str | None = key(
+        None, "take the finished members of this variant's first iteration instead of training",
+        nonempty=True,
+    )  # fmt: skip
+
+
+@dataclass
+class Picture:
+    """An entry of ``pictures``: curves of some variants, each with a band over seeds."""
+
+    title: str = key(REQUIRED, "what is shown", nonempty=True)
+    variants: dict[str, str] = key({}, "variant -> its label", nonempty=True)
+    curve: str = key(
+        "final", "which measurements",
+        choices=("final", "front", "trajectory", "anchor"),
+    )  # fmt: skip
+    iteration: int | None = key(None, "of which iteration; null: the last, or all", low=1)
+    x: str = key("kl_to_sft", "metric on the horizontal axis; step and eta are metrics, too")
+    y: str = key("reward", "metric on the vertical axis")
+
+
+@dataclass
+class Study:
+    """A study: variants of a recipe times seeds."""
+
+    name: str = key(REQUIRED, "of the study", pattern=r"[\w.-]+", pattern_help="letters and digits")
+    recipe: str = key(REQUIRED, "recipe that all variants change", nonempty=True)
+    directory: str = key(REQUIRED, "gets VARIANT/seed_N for each run", nonempty=True)
+    seeds: list[int] = key([1, 2, 3], "of every variant", low=0, nonempty=True)
+    overrides: list[str] = key([], "of every variant")
+    variants: dict[str, Variant] = key({}, "name -> what differs", nonempty=True)
+    compare: list[str] | None = key(
+        None, "variants in the table, the first is what the others are compared with; null: all",
+        nonempty=True,
+    )  # fmt: skip
+    pictures: dict[str, Picture] = key({}, "file name without suffix -> picture")

@@ -1,0 +1,112 @@
+"""A study's tables and pictures, from its results alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from nemo_warp.evidence.fronts import reward_at
+from nemo_warp.evidence.intervals import over_seeds
+from nemo_warp.records import write_json_atomically, write_text_atomically
+from nemo_warp.reporting.fronts import Group, compare
+from nemo_warp.reporting.run import Curve
+from nemo_warp.reporting.style import SETTINGS, label_axes, save, series_colour
+from nemo_warp.schema.study import Picture, Study
+from nemo_warp.study.results import curves_of
+
+_GRID = 60
+_UNITS = {
+    "kl_to_sft": "KL to SFT (nats per response)",
+    "kl_to_anchor": "KL to the anchor (nats per response)",
+    "length": "tokens per response",
+    "entropy": "entropy (nats per token)",
+    "step": "step",
+    "eta": "η or κ",
+}
+
+
+def write_study(study: Study, results: list[dict[str, Any]], output: Path) -> list[Path]:
+    """Write ``compare.md``, ``compare.json`` and the pictures; the files written.
+
+    Args:
+        study: from `load_study`.
+        results: from `collect` or `read_results`.
+        output: directory, made if need be.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    files = [output / "compare.md", output / "compare.json"]
+    text, values = compare(_groups(study, results))
+    write_text_atomically(files[0], text + "\n")
+    write_json_atomically(files[1], values)
+    for name, picture in study.pictures.items():
+        files.append(output / f"{name}.png")
+        draw(picture, results, files[-1])
+    return files
+
+
+def _groups(study: Study, results: Sequence[Mapping[str, Any]]) -> list[Group]:
+    """The final fronts of the variants that are compared."""
+    groups = []
+    for name in study.compare or study.variants:
+        fronts = [curves[-1] for curves in curves_of(results, name, "final")]
+        if fronts:
+            groups.append(Group(name, fronts))
+    return groups
+
+
+def draw(picture: Picture, results: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """One picture: every curve thin, each variant's mean thick, its 95 % interval as a band.
+
+    Variants without results yet are left out.
+    """
+    x, y = picture.x, picture.y
+    with matplotlib.rc_context(SETTINGS):
+        figure = Figure(figsize=(7.2, 5.0), layout="constrained")
+        axes = figure.subplots()
+        for index, (variant, label) in enumerate(picture.variants.items()):
+            seeds = curves_of(results, variant, picture.curve, picture.iteration)
+            seeds = [_measured(curves, x, y) for curves in seeds]
+            seeds = [curves for curves in seeds if curves]
+            if seeds:
+                _draw_variant(axes, seeds, (x, y), label, series_colour(index))
+        label_axes(axes, _UNITS.get(x, x), _UNITS.get(y, y), picture.title)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend()
+        save(figure, path)
+
+
+def _measured(curves: Sequence[Curve], x: str, y: str) -> list[Curve]:
+    """Curves whose points have both metrics."""
+    return [c for c in curves if c.points and not np.isnan([c.column(x), c.column(y)]).any()]
+
+
+def _draw_variant(
+    axes: Axes, seeds: list[list[Curve]], metrics: tuple[str, str], label: str, colour: str
+) -> None:
+    x, y = metrics
+    curves = [curve for of_seed in seeds for curve in of_seed]
+    for curve in curves:
+        axes.plot(curve.column(x), curve.column(y), color=colour, linewidth=0.6, alpha=0.35)
+    low = max(min(curve.column(x)) for curve in curves)
+    high = min(max(curve.column(x)) for curve in curves)
+    if high <= low:
+        axes.plot([], [], color=colour, label=f"{label} ({len(seeds)} seeds)")
+        return
+    grid = np.linspace(low, high, _GRID)
+    means = [[np.mean([_at(c, x, y, place) for c in s]) for s in seeds] for place in grid]
+    bands = [over_seeds(np.array(of_place)) for of_place in means]
+    name = f"{label} ({len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'})"
+    axes.plot(grid, [b.mean for b in bands], color=colour, linewidth=2.0, label=name)
+    if len(seeds) > 1:
+        ends = [b.low for b in bands], [b.high for b in bands]
+        axes.fill_between(grid, *ends, color=colour, alpha=0.15, linewidth=0)
+
+
+def _at(curve: Curve, x: str, y: str, place: float) -> float:
+    return reward_at(curve.column(x), curve.column(y), float(place))

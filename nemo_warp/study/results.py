@@ -1,0 +1,100 @@
+"""What a study's runs measured, as one JSON file: everything that tables and pictures need."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_warp.records import RecordError, read_completion, write_text_atomically
+from nemo_warp.reporting.page.facts import angles
+from nemo_warp.reporting.run import Curve, read_run
+from nemo_warp.study.load import Run
+
+FILE = "results.json"
+_DIGITS = 6
+
+
+def collect(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """The measurements of the runs that are done.
+
+    Raises:
+        ValueError: none is done.
+        RecordError: a measurement on disk is malformed.
+    """
+    found = [_measured(run) for run in runs if run.is_done]
+    if not found:
+        raise ValueError("no run of the study is done yet; make them: nemo-warp study FILE")
+    return found
+
+
+def _measured(run: Run) -> dict[str, Any]:
+    completion = read_completion(run.directory / "report")
+    return {
+        "variant": run.variant,
+        "seed": run.seed,
+        "code_version": None if completion is None else completion.code_version,
+        "curves": [
+            {
+                "kind": curve.kind,
+                "iteration": curve.iteration,
+                "name": curve.name,
+                "position": curve.position,
+                "points": [dict(_numbers(point)) for point in curve.points],
+            }
+            for curve in read_run(run.directory)
+        ],
+        "angles": {
+            str(iteration): {name: round(degrees, 3) for name, degrees in of.items()}
+            for iteration, of in angles(run.directory).items()
+        },
+    }
+
+
+def _numbers(point: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """All numbers of a record, those of tables inside it with dotted names."""
+    for name, value in point.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{prefix}{name}", round(value, _DIGITS)
+
+
+def write_results(results: list[dict[str, Any]], path: Path) -> None:
+    """One run a line, so that a version control system shows what changed."""
+    lines = (json.dumps(result, sort_keys=True) for result in results)
+    write_text_atomically(path, "[\n" + ",\n".join(lines) + "\n]\n")
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The inverse of `write_results`.
+
+    Raises:
+        RecordError: the file is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RecordError(f"{path} cannot be read: {error}") from error
+
+
+def curves_of(
+    results: Sequence[Mapping[str, Any]], variant: str, kind: str, iteration: int | None = None
+) -> list[list[Curve]]:
+    """Curves of one kind, by seed.
+
+    Args:
+        results: from `collect`.
+        variant: of the study.
+        kind: as in `Curve`; of ``front`` those from the iteration's init.
+        iteration: None for the last one; of trajectories and anchors, for all.
+    """
+    found = []
+    for result in (r for r in results if r["variant"] == variant):
+        curves = [Curve(**curve) for curve in result["curves"] if curve["kind"] == kind]
+        curves = [c for c in curves if kind != "front" or c.name.endswith("from init")]
+        last = max((curve.iteration for curve in curves), default=0)
+        wanted = iteration or (last if kind in ("front", "final") else None)
+        found.append([c for c in curves if wanted in (None, c.iteration)])
+    return [curves for curves in found if curves]

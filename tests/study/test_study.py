@@ -1,0 +1,157 @@
+"""A study: its file, its runs by ``nemo-warp run``, and what its report says."""
+
+import json
+import sys
+
+import pytest
+
+from nemo_warp import exit_codes
+from nemo_warp.cli import main
+from nemo_warp.records import Completion, write_completion
+from nemo_warp.study import start
+from nemo_warp.study.load import load_study, runs_of
+from nemo_warp.study.results import collect, curves_of, read_results, write_results
+from nemo_warp.study.start import command, make, take_members
+
+STUDY = """\
+name: small
+recipe: recipes/tiny
+directory: {directory}
+seeds: [1, 2]
+overrides: [members=2]
+variants:
+  lerp: {{members_of: warp, overrides: ["merge.arguments=[--method,lerp]"]}}
+  warp: {{overrides: [iterations=1], seeds: [1, 2, 3]}}
+compare: [warp, lerp]
+pictures:
+  fronts: {{title: fronts, variants: {{warp: SLERP, lerp: LERP}}}}
+  steps: {{title: steps, curve: trajectory, x: step, variants: {{warp: members}}}}
+"""
+
+
+@pytest.fixture
+def study(tmp_path):
+    file = tmp_path / "study.yaml"
+    file.write_text(STUDY.format(directory=tmp_path / "runs"))
+    return file
+
+
+def _finish(run, gain: float) -> None:
+    """The records that a run of one iteration leaves, with reward = gain * sqrt(KL)."""
+    members = [run.directory / f"iteration_01/member_{m:02d}" for m in (1, 2)]
+    for member in members:
+        member.mkdir(parents=True, exist_ok=True)
+        records = [
+            {"kind": "eval", "step": s, "reward": gain * s**0.5, "kl_to_sft": float(s)}
+            for s in (0, 1, 4)
+        ]
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        (member / "metrics.jsonl").write_text(text)
+        write_completion(member, Completion("member", "0" * 64, {}, {}, "code", {}))
+    front = run.directory / "front"
+    front.mkdir()
+    points = [
+        {"eta": eta, "reward": gain * 2 * eta, "kl_to_sft": 4 * eta**2, "length": 20.0,
+         "num_prompts": 8}
+        for eta in (0.0, 0.5, 1.0)
+    ]  # fmt: skip
+    (front / "points.jsonl").write_text("".join(json.dumps(p) + "\n" for p in points))
+    (run.directory / "report").mkdir()
+    write_completion(run.directory / "report", Completion("report", "0" * 64, {}, {}, "code", {}))
+
+
+def test_runs_are_variants_times_seeds_and_wait_for_the_members_they_take(study, tmp_path):
+    runs = runs_of(load_study(study))
+    assert [run.name for run in runs] == [
+        *("warp/seed_1", "warp/seed_2", "warp/seed_3"),
+        *("lerp/seed_1", "lerp/seed_2"),
+    ]
+    assert command(runs[3])[1:5] == ["-m", "nemo_warp.cli", "run", "recipes/tiny"]
+    assert command(runs[3])[5:] == [
+        *("members=2", "merge.arguments=[--method,lerp]"),
+        *(f"run_directory={tmp_path / 'runs/lerp/seed_1'}", "seed=1"),
+    ]
+    assert runs[3].members_from == tmp_path / "runs/warp/seed_1"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("members_of: warp", "members_of: wrap", "variants.lerp.members_of .* no variant 'wrap'"),
+        ("compare: [warp", "compare: [wrap", "compare .* no variant 'wrap'; there are lerp, warp"),
+        ("seeds: [1, 2]\n", "seeds: [one]\n", "seeds"),
+        ("curve: trajectory", "curve: path", "pictures.steps.curve"),
+        ("recipe: recipes/tiny", "recepi: recipes/tiny", "recepi"),
+    ],
+)
+def test_a_mistake_in_the_file_is_one_sentence(study, capsys, old, new, message):
+    study.write_text(study.read_text().replace(old, new))
+    with pytest.raises(ValueError, match=message):
+        load_study(study)
+    assert main(["study", str(study), "--dry-run"]) == exit_codes.MISCONFIGURED
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_members_are_taken_whole_or_not_at_all(study, tmp_path):
+    warp, _, _, lerp, _ = runs_of(load_study(study))
+    assert not take_members(warp.directory, lerp.directory)
+    _finish(warp, 0.1)
+    assert take_members(warp.directory, lerp.directory)
+    taken = lerp.directory / "iteration_01/member_02"
+    assert (taken / "metrics.jsonl").samefile(
+        warp.directory / "iteration_01/member_02/metrics.jsonl"
+    )
+    assert sorted(p.name for p in lerp.directory.iterdir()) == ["iteration_01"]
+    assert take_members(warp.directory, lerp.directory)  # again: what is there stays
+
+
+def test_a_failed_run_keeps_no_other_from_being_made(study, monkeypatch, tmp_path):
+    """The command is the fault that is injected; real runs are made by the slow tests."""
+    runs = runs_of(load_study(study), ["warp"])
+    script = tmp_path / "run.py"
+    script.write_text("import sys; print(sys.argv[1]); sys.exit('seed=2' in sys.argv)")
+    monkeypatch.setattr(start, "command", lambda run: [sys.executable, str(script), *run.overrides])
+    _finish(runs[0], 0.1)
+    assert make(runs) == {"warp/seed_2": 1, "warp/seed_3": 0}
+    assert "members=2" in (runs[2].directory / start.LOG).read_text()
+
+
+def test_report_compares_and_draws_from_results_alone(study, tmp_path, capsys):
+    gains = {"warp": 0.2, "lerp": 0.1}
+    runs = runs_of(load_study(study))
+    for run in runs:
+        _finish(run, gains[run.variant] + 0.01 * run.seed)
+    output = tmp_path / "out"
+    assert main(["study", str(study), "--report", str(output)]) == exit_codes.DONE
+    names = {path.name for path in output.iterdir()}
+    assert names == {
+        *("compare.md", "compare.json", "results.json"),
+        *("fronts.png", "fronts.svg", "steps.png", "steps.svg"),
+    }
+    compared = json.loads((output / "compare.json").read_text())["groups"]
+    at_one = compared["warp"]["kl 1"]
+    # reward = gain * sqrt(KL), measured at KL 0, 1 and 4: exact at 1
+    assert at_one["mean"] == pytest.approx(0.2 + 0.01 * 2) and at_one["count"] == 3
+    assert compared["lerp"]["kl 1"]["to_first"]["mean"] == pytest.approx(0.115 - 0.22)
+
+    again = tmp_path / "again"
+    results = output / "results.json"
+    assert main(["study", str(study), "--report", str(again), "--results", str(results)]) == 0
+    for name in names - {"results.json"}:
+        assert (again / name).read_bytes() == (output / name).read_bytes(), name
+
+
+def test_results_survive_the_file_and_tell_curves_apart(study, tmp_path):
+    runs = runs_of(load_study(study), ["warp"])
+    with pytest.raises(ValueError, match="no run of the study is done"):
+        collect(runs)
+    for run in runs:
+        _finish(run, 0.1)
+    results = collect(runs)
+    write_results(results, tmp_path / "results.json")
+    assert read_results(tmp_path / "results.json") == results
+    assert {result["code_version"] for result in results} == {"code"}
+    trajectories = curves_of(results, "warp", "trajectory", 1)
+    assert [len(curves) for curves in trajectories] == [2, 2, 2]
+    assert curves_of(results, "warp", "final")[0][0].column("length") == [20.0] * 3
+    assert curves_of(results, "warp", "anchor") == []
