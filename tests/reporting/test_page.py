@@ -169,7 +169,7 @@ def test_page_in_a_browser(run, tmp_path, capsys):
         "decoder.layers.0",
         "length (tokens)",
         "length (characters)",
-        "distinct bigrams (share)",
+        "distinct bigrams (share, 256 responses)",
         "best of N at 0.5",
         "verses: bits_per_byte",
         "iteration 1, member 1 anchor",

@@ -109,6 +109,9 @@ def judges(curves: Sequence[Curve], names: Sequence[str]) -> go.Figure:
             if _is_shown(curve) and any(v is not None for v in values):
                 numbers = [math.nan if v is None else v for v in values]
                 trace = _trace(curve, curve.column("kl_to_sft"), numbers, panel == 0)
+                if curve.position == "eta":
+                    errors = [(p.get("judges_stderr") or {}).get(name) for p in curve.points]
+                    trace.error_y = {"array": errors, "thickness": 1, "width": 2}
                 figure.add_trace(trace, row=panel // 2 + 1, col=panel % 2 + 1)
     figure.update_xaxes(title=KL)
     return figure
@@ -194,8 +197,8 @@ def _trace(curve: Curve, x: list[float], y: list[float], legend: bool) -> go.Sca
     dash = {"trajectory": "dash", "anchor": "dot"}.get(curve.kind, "solid")
     hover = [
         f"{curve.name}<br>{curve.position} {point[curve.position]:g}"
-        f"<br>reward {point['reward']:.3f}<br>KL {point['kl_to_sft']:.2f}"
-        for point in curve.points
+        f"<br>reward {point['reward']:.3f}<br>KL {point['kl_to_sft']:.2f}<br>here {value:.4g}"
+        for point, value in zip(curve.points, y, strict=True)
     ]
     return go.Scatter(
         x=x,
@@ -227,5 +230,5 @@ def _layout(height: int) -> dict:
         "height": height,
         "template": "plotly_white",
         "margin": {"t": 40, "r": 20, "l": 60},
-        "legend": {"orientation": "h", "y": -0.15},
+        "legend": {"orientation": "h", "y": -80 / height},  # of the figure's height
     }

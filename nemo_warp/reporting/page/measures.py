@@ -15,10 +15,14 @@ from nemo_warp.evidence.texts import distinct, self_bleu, similarity
 from nemo_warp.evidence.trends import Parting, parting
 from nemo_warp.reporting.run import Curve
 
+SAME_NUMBER = 256
+"""Responses that distinct n-grams are counted in: the share falls with their number, and members
+are measured on more prompts than fronts, or fewer."""
+
 TITLES = {
     "characters": "length (characters)",
-    "distinct_1": "distinct words (share)",
-    "distinct_2": "distinct bigrams (share)",
+    "distinct_1": f"distinct words (share, {SAME_NUMBER} responses)",
+    "distinct_2": f"distinct bigrams (share, {SAME_NUMBER} responses)",
     "self_bleu": "self-BLEU of a prompt's generations",
     "similarity": "similarity of two generations (BLEU)",
 }
@@ -69,8 +73,8 @@ def measure(responses: Responses) -> Measures:
     generations = list(zip(*responses.texts, strict=True))
     values = {
         "characters": float(responses.number("characters").mean()),
-        "distinct_1": distinct(generations[0], 1),
-        "distinct_2": distinct(generations[0], 2),
+        "distinct_1": distinct(generations[0][:SAME_NUMBER], 1),
+        "distinct_2": distinct(generations[0][:SAME_NUMBER], 2),
         "self_bleu": math.nan,
         "similarity": math.nan,
     }
