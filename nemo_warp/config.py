@@ -99,6 +99,7 @@ is asked of its points and, in a run, of the evaluation's inputs.
 
 _ADDED: dict[str, Any] = {
     "evaluation.generations": 1,
+    "algorithm.kl_top_k": 64,
     "pick": dataclasses.asdict(Pick()),
     "benchmarks": dataclasses.asdict(Benchmarks()),
     "prompts.too_long": "refuse",

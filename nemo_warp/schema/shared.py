@@ -86,8 +86,10 @@ class Algorithm:
     kl_coefficient: float = key(0.1, "beta", low=0, high=1e6, paper="section 4")
     kl_estimator: str = key(
         "log_ratio", "estimate of a token's KL",
-        choices=("log_ratio", "absolute", "squared", "exponential"), paper="algorithm 1, line 7",
+        choices=("log_ratio", "absolute", "squared", "exponential", "top_k", "exact"),
+        paper="algorithm 1, line 7",
     )  # fmt: skip
+    kl_top_k: int = key(64, "likeliest tokens that top_k sums over", low=1)
     kl_reduction: str = key("sum", "over the response", choices=("sum", "mean"), paper="line 7")
     baseline: str = key(
         "leave_one_out", "what is subtracted from a reward",

@@ -136,6 +136,18 @@ def local_tensors(model: Any) -> list[tuple[str, tuple, tuple, np.ndarray]]:
     return state_tensors(model.sharded_state_dict())
 
 
+def gradient_parts(model: Any) -> list[tuple[str, tuple, tuple, np.ndarray]]:
+    """As `local_tensors`, of the gradients."""
+    parameters = list(model.parameters())
+    swapped = [(p, p.data, p.grad.clone()) for p in parameters]
+    for parameter, _, gradient in swapped:
+        parameter.data = gradient
+    parts = local_tensors(model)
+    for parameter, weights, _ in swapped:
+        parameter.data = weights
+    return parts
+
+
 def state_tensors(state: dict[str, Any]) -> list[tuple[str, tuple, tuple, np.ndarray]]:
     """As `local_tensors`, of a sharded state dict."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values

@@ -11,6 +11,7 @@ from nemo_warp.core.reinforce import (
     response_mask,
     sequence_kl,
     token_weights,
+    top_k_kl,
 )
 
 LOG_PROBS = torch.tensor([[-1.0, -2.0, -0.5, -9.0]])
@@ -146,3 +147,39 @@ def test_a_sample_that_is_not_finite_touches_no_other(baseline, bad):
     expected = compute_advantages(rewards, groups, failed, baseline)
     assert torch.equal(found.values, expected.values) and found.values.isfinite().all()
     assert torch.equal(found.used, expected.used) and not found.used[0]
+
+
+def _laws(seed, vocabulary=4):
+    """Logits of two-token sequences: a law of the first token, one of the second after each."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(1 + vocabulary, vocabulary, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("k", [0, 1, 3, 4])
+def test_top_k_kl_has_the_gradient_of_the_kl_for_any_k(k):
+    """All 16 sequences, each with its probability: reward, penalty and the loss of its own."""
+    logits, anchor = _laws(0).requires_grad_(), _laws(1).log_softmax(-1)
+    tokens = torch.cartesian_prod(torch.arange(4), torch.arange(4))  # [16, 2]
+    contexts = torch.stack([torch.zeros(16, dtype=torch.int64), 1 + tokens[:, 0]], 1)
+    reward, beta = torch.randn(16, generator=torch.Generator().manual_seed(2)).double(), 0.7
+
+    law = logits.log_softmax(-1)
+    chosen = law[contexts, tokens]
+    probability = chosen.sum(1).exp()
+    ratio = (chosen - anchor[contexts, tokens]).sum(1)
+    expected = torch.autograd.grad((probability * (reward - beta * ratio)).sum(), logits)[0]
+
+    law = logits.log_softmax(-1)
+    chosen, top_tokens = law[contexts, tokens], law[contexts].topk(k).indices
+    top, top_anchor = (p[contexts].gather(-1, top_tokens) for p in (law, anchor))
+    with torch.no_grad():
+        kl = top_k_kl(chosen, anchor[contexts, tokens], tokens, top_tokens, top, top_anchor).sum(1)
+    direct = (top.exp() * (top - top_anchor).detach()).sum((1, 2))
+    surrogate = chosen.sum(1) * (reward - beta * kl) - beta * direct
+    found = torch.autograd.grad((probability.detach() * surrogate).sum(), logits)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    mean = (probability * kl).sum()
+    torch.testing.assert_close(mean, (probability * ratio).sum(), rtol=1e-5, atol=1e-6)
+    spread = (probability * (kl - mean) ** 2).sum()
+    sampled = (probability * (ratio - mean) ** 2).sum()
+    assert spread < 0.5 * sampled if k >= 3 else spread <= sampled * 1.01

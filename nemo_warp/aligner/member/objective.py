@@ -11,7 +11,20 @@ from torch import Tensor
 from nemo_warp.aligner.sampling.rollouts import Rollouts, gather_rows, local_rows
 from nemo_warp.aligner.sampling.timings import Timings
 from nemo_warp.aligner.weights.sharded import ShardedWeights
-from nemo_warp.core.reinforce import compute_advantages, sequence_kl, token_weights
+from nemo_warp.core.reinforce import (
+    TOP_K_ESTIMATORS,
+    Advantages,
+    compute_advantages,
+    over_response,
+    sequence_kl,
+    token_weights,
+    top_k_kl,
+)
+
+_MOST_BYTES = 4 * 2**30
+"""Of a batch, with the estimators that hold several tokens of each position."""
+_BYTES_PER_TOKEN = 8 + 4
+"""Its number, int64, and the anchor's log-probability."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +32,8 @@ class Batch:
     """What one rollout gives the optimizer, and what there is to report about it.
 
     Attributes:
-        data: ``response_tokens`` int64 [B, S] and ``weights`` float32 [B, S-1], the global batch.
+        data: ``response_tokens`` int64 [B, S] and ``weights`` float32 [B, S-1], the global batch;
+            with the estimators ``top_k`` and ``exact`` what else `get_loss_and_metrics` takes.
         kl: float32 [B], KL estimate to the anchor of each response (0 without an anchor).
         metrics: numbers for the log.
     """
@@ -60,14 +74,19 @@ class Objective:
         valid = ~rollouts.failed
         if algorithm.exclude_truncated:
             valid = valid & rollouts.is_end
-        kl = self._kl_to_reference(rollouts)
+        kl, direct = self._kl_to_reference(rollouts)
         penalty = self.config.length_penalty * rollouts.response_lengths
         regularised = rollouts.rewards - penalty - algorithm.kl_coefficient * kl
         finite = torch.isfinite(regularised)
         unusable = int((valid & ~finite).sum())
         valid = valid & finite
         advantages = compute_advantages(regularised, self._groups(), valid, self.baseline)
-        weights = token_weights(advantages, rollouts.mask, algorithm.policy_reduction)
+        data = {
+            "response_tokens": rollouts.tokens,
+            "weights": token_weights(advantages, rollouts.mask, algorithm.policy_reduction),
+        }
+        if direct:
+            data |= {**direct, "kl_weights": self._kl_weights(rollouts.mask, advantages.used)}
         metrics = {
             "reward": _mean(rollouts.rewards, ~rollouts.failed),
             "regularised_reward": _mean(regularised, valid),
@@ -81,7 +100,7 @@ class Objective:
             metrics["not_finite"] = unusable
         if self.reference is not None:
             metrics["kl_to_anchor"] = _mean(kl, torch.isfinite(kl))
-        return Batch({"response_tokens": rollouts.tokens, "weights": weights}, kl, metrics)
+        return Batch(data, kl, metrics)
 
     def _groups(self) -> Tensor:
         """Which prompt of the step each sample answers, int64 [B]."""
@@ -89,10 +108,21 @@ class Objective:
         slots = torch.arange(rollout.prompts_per_step, device=torch.cuda.current_device())
         return slots.repeat_interleave(rollout.samples_per_prompt)
 
-    def _kl_to_reference(self, rollouts: Rollouts) -> Tensor:
-        """KL estimate of each response, float32 [B]; each rank computes its own rows."""
+    def _kl_weights(self, mask: Tensor, used: Tensor) -> Tensor:
+        """What a token's KL counts in the loss, float32 [B, S-1]: as a unit of advantage would."""
+        algorithm = self.config.algorithm
+        unit = Advantages(used.float(), used)
+        weights = algorithm.kl_coefficient * token_weights(unit, mask, algorithm.policy_reduction)
+        sums = algorithm.kl_reduction == "sum"
+        return weights if sums else weights / mask.sum(-1, keepdim=True).clamp(min=1)
+
+    def _kl_to_reference(self, rollouts: Rollouts) -> tuple[Tensor, dict[str, Tensor]]:
+        """KL estimate of each response, float32 [B], and what a loss of its own needs.
+
+        Each rank computes its own rows.
+        """
         if self.reference is None:
-            return torch.zeros_like(rollouts.rewards)
+            return torch.zeros_like(rollouts.rewards), {}
         rows = local_rows(len(rollouts.tokens))
         tokens, mask = rollouts.tokens[rows], rollouts.mask[rows]
         with self.timings.measure("log_prob"):
@@ -100,14 +130,53 @@ class Objective:
         with self.timings.measure("anchor_log_prob"), self.reference.in_place():
             anchor_log_probs = self.model.get_inference_log_probs(tokens, mask)
         algorithm = self.config.algorithm
-        kl = sequence_kl(
-            log_probs,
-            anchor_log_probs,
-            mask,
-            algorithm.kl_estimator,
-            algorithm.kl_reduction,
+        if algorithm.kl_estimator not in TOP_K_ESTIMATORS:
+            kl = sequence_kl(
+                log_probs, anchor_log_probs, mask, algorithm.kl_estimator, algorithm.kl_reduction
+            )
+            return gather_rows(kl), {}
+        with self.timings.measure("anchor_log_prob"):
+            likeliest, top, top_anchor = self._likeliest(
+                tokens, mask, self.reference, _tokens_held(algorithm, self.model, rollouts.mask)
+            )
+        per_token = top_k_kl(log_probs, anchor_log_probs, tokens[:, 1:], likeliest, top, top_anchor)
+        kl = over_response(per_token, mask, algorithm.kl_reduction)
+        direct = {"kl_tokens": gather_rows(likeliest), "kl_anchor": gather_rows(top_anchor)}
+        return gather_rows(kl), direct
+
+    def _likeliest(
+        self, tokens: Tensor, mask: Tensor, reference: ShardedWeights, count: int
+    ) -> tuple[Tensor, ...]:
+        """See `ForwardPasses.get_likeliest`; some rows at a time."""
+        size = self.config.rollout.forward_micro_batch_size
+        with reference.gathered() as gathered:
+            parts = [
+                self.model.get_likeliest(tokens[i : i + size], mask[i : i + size], count, gathered)
+                for i in range(0, len(tokens), size)
+            ]
+        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
+def _tokens_held(algorithm: Any, model: Any, mask: Tensor) -> int:
+    """Tokens at each position that the KL is summed over.
+
+    Args:
+        mask: [B, S-1] of the global batch, which every rank holds.
+
+    Raises:
+        ValueError: with their log-probabilities they would not fit beside the model.
+    """
+    vocabulary = model.tokenizer.vocab_size
+    whole = algorithm.kl_estimator == "exact"
+    count = vocabulary if whole else min(algorithm.kl_top_k, vocabulary)
+    held = _BYTES_PER_TOKEN * count * mask.numel()
+    if held > _MOST_BYTES:
+        raise ValueError(
+            f"algorithm.kl_estimator would hold {count} tokens for each of {mask.numel()} "
+            f"positions ({held / 2**30:.0f} GiB, at most {_MOST_BYTES / 2**30:.0f}); use top_k, "
+            "with a smaller algorithm.kl_top_k"
         )
-        return gather_rows(kl)
+    return count
 
 
 def _mean(values: Tensor, where: Tensor) -> float:

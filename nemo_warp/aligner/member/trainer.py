@@ -193,8 +193,8 @@ class WarpReinforceTrainer:
         for chunk in chunks:
             rows = local_rows(len(chunk[0]))
             batch = {key: value[rows] for key, value in zip(data, chunk, strict=True)}
-            batch["weights"] = batch["weights"] * parts
-            batches.append(batch)
+            scaled = [key for key in ("weights", "kl_weights") if key in batch]
+            batches.append(batch | {key: batch[key] * parts for key in scaled})
         return batches
 
     def run_training(self, batches: list[dict[str, Tensor]]) -> tuple[float, dict[str, float]]:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
+from torch.nn import functional
 
 CHUNK_LOGITS = 2**27
 """Logits held at a time, on this rank: 0.5 GiB in fp32, and half of that in bf16.
@@ -99,10 +100,10 @@ def target_log_probs(
             gradient is this rank's share and has to be summed over them (Megatron's
             `copy_to_tensor_model_parallel_region` does, or the gathering of a sequence).
         index: int64 [N], rows of ``states``, each at most once.
-        targets: int64 [N], tokens.
+        targets: int64 [N], tokens; or [N, K], several at each position.
 
     Returns:
-        float32 [N] each, in nats.
+        float32, of the targets' shape and [N], in nats.
     """
     weight = layer.weight.to(layer.dtype)
     return _TargetLogProbs.apply(states, weight, layer.with_weight(weight.detach()), index, targets)
@@ -115,19 +116,21 @@ class _TargetLogProbs(torch.autograd.Function):
     def forward(
         ctx: Any, states: Tensor, weight: Tensor, layer: OutputLayer, index: Tensor, targets: Tensor
     ) -> tuple[Tensor, Tensor]:
-        peak, total, chosen = torch.zeros(3, len(index), device=states.device).unbind()
+        peak, total = torch.zeros(2, len(index), device=states.device).unbind()
+        chosen = torch.zeros(_several(targets).shape, device=states.device)
         for rows in layer.chunks(len(index)):
             if not layer.columns:
                 peak[rows] = -torch.inf
                 continue
             logits = layer.logits(states.index_select(0, index[rows]))
-            here, column = layer.place(targets[rows])
-            chosen[rows] = logits.gather(1, column[:, None]).squeeze(1).where(here, 0.0)
+            here, column = layer.place(_several(targets)[rows])
+            chosen[rows] = logits.gather(1, column).where(here, 0.0)
             peak[rows] = logits.amax(1)
             total[rows] = logits.sub_(peak[rows, None]).exp_().sum(1)
-        top, both = _sum_over_ranks(peak, total, chosen)
-        norm = both[0].log()
-        log_probs = (both[1] - top - norm).where(targets < layer.vocabulary, -torch.inf)
+        top, total, chosen = _sum_over_ranks(peak, total, chosen)
+        norm = total.log()
+        log_probs = (chosen - top[:, None] - norm[:, None]).view_as(targets)
+        log_probs = log_probs.where(targets < layer.vocabulary, -torch.inf)
         ctx.layer = layer
         ctx.save_for_backward(states, weight, index, targets, top + norm)
         best = -norm
@@ -144,8 +147,9 @@ class _TargetLogProbs(torch.autograd.Function):
         own = weight[: layer.columns]
         for rows in layer.chunks(len(index)):
             chunk = states.index_select(0, index[rows])
-            here, column = layer.place(targets[rows])
-            delta = _grad_logits(layer, chunk, here, column, normaliser[rows], gradient[rows])
+            here, column = layer.place(_several(targets)[rows])
+            wanted = _several(gradient)[rows]
+            delta = _grad_logits(layer, chunk, here, column, normaliser[rows], wanted)
             grad_states.index_copy_(0, index[rows], delta @ own)
             _add_product_(grad_weight[: layer.columns], delta.t(), chunk)
         return grad_states, grad_weight.to(weight.dtype), None, None, None
@@ -159,12 +163,12 @@ def _grad_logits(
     normaliser: Tensor,
     gradient: Tensor,
 ) -> Tensor:
-    """Gradient of the matrix product's output [n, columns], of its dtype."""
+    """Gradient of the matrix product's output [n, columns], of its dtype; the targets' [n, K]."""
     logits = layer.logits(states)
     slope = layer.slope(logits)
-    delta = logits.sub_(normaliser[:, None]).exp_().mul_(-gradient[:, None])
+    delta = logits.sub_(normaliser[:, None]).exp_().mul_(-gradient.sum(1, keepdim=True))
     if layer.columns:
-        delta.scatter_add_(1, column[:, None], gradient.where(here, 0.0)[:, None])
+        delta.scatter_add_(1, column, gradient.where(here, 0.0))
     return delta.mul_(slope).to(layer.dtype)
 
 
@@ -175,14 +179,19 @@ def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.add_(left @ right)
 
 
-def _sum_over_ranks(peak: Tensor, total: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """The whole vocabulary's largest logit [N]; sum of exp(logit - largest) and choice [2, N]."""
+def _several(targets: Tensor) -> Tensor:
+    """[N] as [N, 1]."""
+    return targets[:, None] if targets.dim() == 1 else targets
+
+
+def _sum_over_ranks(peak: Tensor, total: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The whole vocabulary's largest logit [N], sum of exp(logit - largest) [N], chosen [N, K]."""
     group = parallel_state.get_tensor_model_parallel_group()
     top = peak.clone()
     torch.distributed.all_reduce(top, torch.distributed.ReduceOp.MAX, group=group)
-    both = torch.stack([total * (peak - top).exp(), chosen])
+    both = torch.cat([(total * (peak - top).exp())[:, None], chosen], 1)
     torch.distributed.all_reduce(both, group=group)
-    return top, both
+    return top, both[:, 0], both[:, 1:]
 
 
 @dataclass(frozen=True)
@@ -218,3 +227,42 @@ def exact_kl(policy: FinalStates, reference: FinalStates) -> Tensor:
         kl[rows] = ours.exp_().mul_(difference).sum(1)
     torch.distributed.all_reduce(kl, group=parallel_state.get_tensor_model_parallel_group())
     return kl
+
+
+@torch.no_grad()
+def likeliest_tokens(policy: FinalStates, count: int) -> Tensor:
+    """The ``count`` likeliest tokens at each position, int64 [N, count], in no order.
+
+    At most as many as the vocabulary has. Collective over tensor parallel, the same on all ranks.
+    """
+    layer, group = policy.layer, parallel_state.get_tensor_model_parallel_group()
+    found = torch.empty(len(policy.states), count, dtype=torch.int64, device=policy.states.device)
+    for rows in layer.chunks(len(found)):
+        own = policy.log_probs(rows)
+        # Every rank offers equally many; a rank of padding offers nothing that is ever taken.
+        own = functional.pad(own, (0, len(layer.weight) - own.size(1)), value=-torch.inf)
+        values, columns = own.topk(min(count, own.size(1)), sorted=False)
+        values, tokens = _all_columns(values, group), _all_columns(columns + layer.first, group)
+        found[rows] = tokens.gather(1, values.topk(count, sorted=False).indices)
+    return found
+
+
+def _all_columns(own: Tensor, group: Any) -> Tensor:
+    """Columns of every rank side by side."""
+    parts = [torch.empty_like(own) for _ in range(group.size())]
+    torch.distributed.all_gather(parts, own.contiguous(), group=group)
+    return torch.cat(parts, 1)
+
+
+@torch.no_grad()
+def log_probs_at(policy: FinalStates, tokens: Tensor) -> Tensor:
+    """Log pi of ``tokens`` [N, K] at each position, float32 [N, K]. Collective."""
+    layer = policy.layer
+    found = torch.zeros(tokens.shape, device=tokens.device)
+    for rows in layer.chunks(len(found)):
+        own = policy.log_probs(rows)
+        here, column = layer.place(tokens[rows])
+        if layer.columns:
+            found[rows] = own.gather(1, column).where(here, 0.0)
+    torch.distributed.all_reduce(found, group=parallel_state.get_tensor_model_parallel_group())
+    return found

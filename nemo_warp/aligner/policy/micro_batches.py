@@ -25,11 +25,11 @@ class MicroBatch:
 
         Args:
             tokens: int64 [B, S].
-            others: [B, S-1], of the predicted positions; 0 where they are padded.
+            others: [B, S-1, ...], of the predicted positions; 0 where they are padded.
             pad: token.
 
         Returns:
-            ``inputs`` and ``targets`` int64 [b, width], and ``others`` [b, width].
+            ``inputs`` and ``targets`` int64 [b, width], and ``others`` [b, width, ...].
         """
         rows = torch.tensor(self.rows, device=tokens.device)
         parts = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], **others}
@@ -78,4 +78,5 @@ def _rounded(length: int, multiple: int) -> int:
 
 
 def _to_width(rows: Tensor, width: int, fill: int) -> Tensor:
-    return functional.pad(rows[:, :width], (0, max(0, width - rows.size(1))), value=fill)
+    behind = (0, 0) * (rows.dim() - 2)
+    return functional.pad(rows[:, :width], (*behind, 0, max(0, width - rows.size(1))), value=fill)

@@ -28,6 +28,8 @@ from nemo_warp.aligner.policy.log_probs import (
     FinalStates,
     OutputLayer,
     exact_kl,
+    likeliest_tokens,
+    log_probs_at,
     target_log_probs,
 )
 from nemo_warp.aligner.policy.micro_batches import MicroBatch, needed_inputs, plan_micro_batches
@@ -49,20 +51,35 @@ class ForwardPasses:
     ) -> tuple[float, dict[str, float]]:
         """Loss and, unless ``forward_only``, gradients of this rank's rows of a batch. Collective.
 
+        The loss is -sum(weights * log pi) and, with the keys ``kl_...``, the part of the KL that
+        the sampled tokens do not carry: sum(kl_weights * sum_k pi_k * d_k), d = log pi - log pi of
+        the anchor held fixed (see `nemo_warp.core.reinforce.top_k_kl`).
+
         Args:
-            batch: ``response_tokens`` int64 [B, S]; ``weights`` float32 [B, S-1].
+            batch: ``response_tokens`` int64 [B, S]; ``weights`` float32 [B, S-1]; optionally
+                ``kl_weights`` [B, S-1], ``kl_tokens`` int64 and ``kl_anchor`` float32 [B, S-1, K],
+                tokens at each position and the anchor's log pi of them.
         """
         weights = batch["weights"]
-        plan = self._plan(weights, self.cfg.micro_batch_size, self.cfg.reinforce.train_tokens)
+        others = {key: batch[key] for key in batch if key != "response_tokens"}
+        direct = batch.get("kl_weights", torch.zeros_like(weights))
+        others["trained"] = ((weights != 0) | (direct != 0)).float()
+        plan = self._plan(
+            others["trained"], self.cfg.micro_batch_size, self.cfg.reinforce.train_tokens
+        )
         # Megatron divides by the number of micro batches, gradient reduction by DP.
         scale = len(plan) * parallel_state.get_data_parallel_world_size()
 
         def loss_func(micro: dict[str, Tensor], log_probs: Tensor) -> tuple[Tensor, dict]:
-            loss = -(log_probs * micro["weights"]).sum()
+            loss = -(log_probs[..., 0] * micro["weights"]).sum()
+            if "kl_weights" in micro:
+                top = log_probs[..., 1:]
+                kl = (top.exp() * (top.detach() - micro["kl_anchor"])).sum(-1)
+                loss = loss + (kl * micro["kl_weights"]).sum()
             return loss * scale, {"loss": loss.detach()}
 
-        parts = self._run(plan, batch["response_tokens"], {"weights": weights},
-                          self._target_step("weights", loss_func), forward_only)  # fmt: skip
+        parts = self._run(plan, batch["response_tokens"], others,
+                          self._target_step("trained", loss_func), forward_only)  # fmt: skip
         losses = [part["loss"] for part in parts]
         loss = torch.stack(losses).sum() if losses else torch.zeros((), device=weights.device)
         if losses:
@@ -130,6 +147,36 @@ class ForwardPasses:
             kl = per_token.sum(-1)
         return broadcast_tensor_within_pp(kl)
 
+    @torch.no_grad()
+    def get_likeliest(
+        self, response_tokens: Tensor, mask: Tensor, count: int, reference: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The policy's likeliest tokens in place of each token, with two laws' log pi of them.
+
+        Args:
+            response_tokens: int64 [b, S].
+            mask: float [b, S-1] of response positions; the others get zeros.
+            count: tokens at each position, at most the vocabulary.
+            reference: `GatheredWeights` of the same model.
+
+        Returns:
+            int64 tokens and float32 log pi of policy and reference, [b, S-1, count] each.
+        """
+        policy = self._final_states(response_tokens, mask)
+        with reference.in_place():
+            other = self._final_states(response_tokens, mask)
+        tokens = scores = None
+        if policy is not None and other is not None:
+            found = likeliest_tokens(policy, count)
+            tokens = found.new_zeros(*mask.shape, count)
+            tokens[mask != 0] = found
+            scores = torch.zeros(2, *tokens.shape, device=tokens.device)
+            scores[0, mask != 0] = log_probs_at(policy, found)
+            scores[1, mask != 0] = log_probs_at(other, found)
+        tokens = broadcast_tensor_within_pp(tokens, dtype=torch.int64)
+        scores = broadcast_tensor_within_pp(scores)
+        return tokens, scores[0], scores[1]
+
     def _final_states(self, tokens: Tensor, mask: Tensor) -> FinalStates | None:
         """Of the positions in ``mask``, in its order; one micro batch. None off the last stage."""
         width = max(needed_inputs(mask), default=1)
@@ -157,8 +204,9 @@ class ForwardPasses:
         """A forward step for Megatron's schedules.
 
         Its output is log pi of the targets where ``positions`` of the micro batch is not 0,
-        float32 [b, width], or with ``likeliest`` what `score` returns. ``finish(micro batch,
-        output)`` is what Megatron calls on the last stage.
+        float32 [b, width, 1 + K] (K tokens beside the target where the micro batch has
+        ``kl_tokens``), or with ``likeliest`` what `score` returns. ``finish(micro batch, output)``
+        is what Megatron calls on the last stage.
         """
 
         def forward_step(batches: Iterator, model: Any) -> tuple[Tensor, Callable]:
@@ -167,12 +215,16 @@ class ForwardPasses:
             if layer is None:
                 return states, lambda _: None
             where = micro[positions] != 0
-            both = target_log_probs(
-                states.flatten(0, 1), layer, _state_rows(where), micro["targets"][where]
+            targets = micro["targets"][..., None]
+            if "kl_tokens" in micro:
+                targets = torch.cat([targets, micro["kl_tokens"]], -1)
+            found, best = target_log_probs(
+                states.flatten(0, 1), layer, _state_rows(where), targets[where]
             )
-            whole = [torch.zeros(where.shape, device=states.device) for _ in both]
-            filled = [w.masked_scatter(where, part) for w, part in zip(whole, both, strict=True)]
-            return torch.stack(filled) if likeliest else filled[0], partial(finish, micro)
+            whole = _spread(found, where)
+            if likeliest:
+                whole = torch.stack([whole[..., 0], _spread(best[:, None], where)[..., 0]])
+            return whole, partial(finish, micro)
 
         return forward_step
 
@@ -265,6 +317,12 @@ class ForwardPasses:
         finally:
             for config in configs:
                 config.variable_seq_lengths = False
+
+
+def _spread(found: Tensor, where: Tensor) -> Tensor:
+    """Rows [N, K] at the positions that are set in ``where`` [b, S], zeros elsewhere: [b, S, K]."""
+    whole = found.new_zeros(*where.shape, found.size(1))
+    return whole.masked_scatter(where[..., None], found)
 
 
 def _state_rows(where: Tensor) -> Tensor:
