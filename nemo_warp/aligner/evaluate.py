@@ -16,6 +16,7 @@ from nemo_warp.aligner.entry.engine import engine_batch_size
 from nemo_warp.aligner.entry.frame import run_once
 from nemo_warp.aligner.entry.validation import (
     check_evaluation_sizes,
+    check_judges,
     check_layout,
     check_same_model,
     data_parallel_size,
@@ -90,6 +91,7 @@ def check_evaluation(config: DictConfig) -> list[PromptLine]:
         ValueError: with one clear sentence.
     """
     check_models(config)
+    check_judges(config)
     max_prompt_tokens(config, config.base)
     check_evaluation_sizes(
         config.evaluation, config.rollout.forward_micro_batch_size, data_parallel_size(config)

@@ -99,17 +99,16 @@ def _point(word: str) -> Path | None:
     except ValueError:
         return None
     run = Path(place)
-    folders = [f for f in (run / DIRECTORY, run / "front" / DIRECTORY) if f.is_dir()]
-    if not folders:
+    folders = [place / DIRECTORY for place in (run, run / "front", run / "pick")]
+    found: dict[float, Path] = {}
+    for path in (p for folder in folders for p in sorted(folder.glob("*_*.jsonl.gz"))):
+        if not path.name.startswith("anchor_"):
+            found.setdefault(float(path.name.removesuffix(".jsonl.gz").rpartition("_")[2]), path)
+    if not found:
         raise ValueError(
             f"no responses below {run}: it has not been evaluated, or by a version that kept none"
         )
-    found = {
-        float(p.name.removesuffix(".jsonl.gz").rpartition("_")[2]): p
-        for p in sorted(folders[0].glob("*_*.jsonl.gz"), reverse=True)
-        if not p.name.startswith("anchor_")
-    }
     if wanted not in found:
         known = ", ".join(f"{eta:g}" for eta in sorted(found))
-        raise ValueError(f"no responses at {value} in {folders[0]}; there are {known}")
+        raise ValueError(f"no responses at {value} below {run}; there are {known}")
     return found[wanted]

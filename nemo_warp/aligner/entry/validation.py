@@ -34,9 +34,26 @@ def validate_member(config: Any) -> None:
     """
     _check_algorithm(config)
     _check_batch_sizes(config)
+    check_judges(config)
     for name in ("init", "sft"):
         check_layout(read_model_config(Path(config[name])), config, Path(config[name]))
     check_same_model(config, "init", "sft")
+
+
+def check_judges(config: Any) -> None:
+    """Refuse judges that cannot be told from a reward, or from each other.
+
+    Raises:
+        ValueError: names the judge.
+    """
+    seen = {reward.name for reward in config.rewards}
+    for number, judge in enumerate(config.judges):
+        if judge.name in seen:
+            raise ValueError(
+                f"judges.{number}.name is {judge.name}, which a reward or another judge has: a "
+                "judge is never trained on; remove one of them, or give it another name"
+            )
+        seen.add(judge.name)
 
 
 def check_same_model(config: Any, *names: str) -> None:

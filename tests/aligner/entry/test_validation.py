@@ -59,6 +59,8 @@ def test_good_member_passes(files, tmp_path):
         ("algorithm.kl_coefficient=-1.0", "kl_coefficient' in .* is -1.0, .*0 to"),
         ("algorithm.anchor=emma", "anchor' in .* is 'emma', expected ema, sft or none"),
         ("algorithm.anchor=none", "without an anchor there is no KL"),
+        ("judges=[{name: vader, endpoint: x}]", "judges.0.name is vader, which a reward"),
+        ("judges=[{name: a, endpoint: x}, {name: a, endpoint: y}]", "judges.1.name is a, which"),
         ("algorithm.kl_estimator=k1", "kl_estimator' in .* is 'k1', expected log_ratio"),
         ("rollout.prompts_per_step=3", "is 6, expected a multiple of updates_per_rollout"),
         ("rollout.micro_batch_size=3", "expected a multiple of rollout.micro_batch_size"),
