@@ -32,6 +32,7 @@ class Picture:
     iteration: int | None = key(None, "of which iteration; null: the last, or all", low=1)
     x: str = key("kl_to_sft", "metric on the horizontal axis; step and eta are metrics, too")
     y: str = key("reward", "metric on the vertical axis")
+    x_max: float | None = key(None, "end of the horizontal axis; null: of the longest curve")
 
 
 @dataclass
