@@ -35,6 +35,12 @@ class Interval:
     def __str__(self) -> str:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
+    def to_json(self) -> dict[str, float | int | None]:
+        """Plain values; None where there is no number (one seed has no interval)."""
+        numbers = {"mean": self.mean, "low": self.low, "high": self.high}
+        plain = {name: None if np.isnan(n) else float(n) for name, n in numbers.items()}
+        return {**plain, "count": self.count}
+
     @property
     def excludes_zero(self) -> bool:
         """Whether the whole interval is on one side of zero."""

@@ -76,9 +76,9 @@ def compare(groups: Sequence[Group]) -> tuple[str, dict[str, Any]]:
         apart = {name: _difference(seeds, base[name]) for name, seeds in per_seed.items()}
         values["groups"][group.name] = {
             name: {
-                "seeds": list(map(float, per_seed[name])),
-                **found[name].__dict__,
-                "to_first": apart[name].__dict__,
+                "seeds": [None if np.isnan(v) else float(v) for v in per_seed[name]],
+                **found[name].to_json(),
+                "to_first": apart[name].to_json(),
             }
             for name in found
         }

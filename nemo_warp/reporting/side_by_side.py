@@ -41,9 +41,9 @@ def compare(
         )
         difference = paired_difference(a, b)
         values["judges"][name] = {
-            "first": over_prompts(a).__dict__,
-            "second": over_prompts(b).__dict__,
-            "difference": difference.__dict__,
+            "first": over_prompts(a).to_json(),
+            "second": over_prompts(b).to_json(),
+            "difference": difference.to_json(),
             **_outcome(outcome),
             "length_controlled_rate": controlled,
         }
@@ -60,7 +60,7 @@ def compare(
             ]
         )
     gap = paired_difference(first.number(length)[ours], second.number(length)[theirs])
-    values["length_difference"] = {"unit": length, **gap.__dict__}
+    values["length_difference"] = {"unit": length, **gap.to_json()}
     header = [
         "judge",
         "A",
@@ -96,7 +96,7 @@ def _comparisons(
 
 
 def _outcome(outcome: SideBySide) -> dict[str, Any]:
-    return {**outcome.__dict__, "rate": outcome.rate.__dict__}
+    return {**outcome.__dict__, "rate": outcome.rate.to_json()}
 
 
 def _marked(difference: Interval) -> str:

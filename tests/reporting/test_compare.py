@@ -107,5 +107,24 @@ def test_groups_of_runs(tmp_path, capsys):
     assert at_four["high"] - at_four["mean"] == pytest.approx(0.2 * 4.302652729911275 / 3**0.5)
     assert "| - sft |" in capsys.readouterr().out
     assert (tmp_path / "out/fronts.png").read_bytes().startswith(b"\x89PNG")
-    assert main(["compare", str(warp[0]), str(sft[0])]) == 0  # one seed each: no intervals
+    one = ["compare", str(warp[0]), str(sft[0]), "--output", str(tmp_path / "one")]
+    assert main(one) == 0  # one seed each: no intervals
     assert "[" not in capsys.readouterr().out.split("- w0")[1].splitlines()[0]
+    values = json.loads((tmp_path / "one/compare.json").read_text())
+    assert values["groups"]["s0"]["hypervolume"]["low"] is None
+
+
+def test_a_front_that_ends_early_hides_no_other(tmp_path, capsys):
+    """The first group sets the range of KL; where another ends before, its reward is left out."""
+    near = _run(tmp_path / "near", 1.0)
+    points = near / "front/points.jsonl"
+    points.write_text("".join(points.read_text().splitlines(keepends=True)[:-1]))
+    whole = _run(tmp_path / "whole", 1.0)
+    output = tmp_path / "out"
+    assert main(["compare", str(whole), str(near), "--output", str(output)]) == 0
+    values = json.loads((output / "compare.json").read_text())
+    assert values["kl_limit"] == 9
+    ended = values["groups"]["near"]
+    assert ended["kl 6"]["mean"] is None and ended["kl 4"]["mean"] == pytest.approx(2.0)
+    # up to KL 9 with the best reward so far: 1 from 1 to 4, then 2 from 4 to 9
+    assert ended["hypervolume"]["mean"] == pytest.approx(1 * 3 + 2 * 5)
