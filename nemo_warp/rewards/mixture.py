@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nemo_warp.rewards.client import RewardClient, RewardFuture
+from nemo_warp.rewards.scale import Scale
 from nemo_warp.rewards.scores import RewardScores, weighted_sum
 from nemo_warp.rewards.settings import RewardClientSettings, check_rewards
 
@@ -13,9 +14,16 @@ from nemo_warp.rewards.settings import RewardClientSettings, check_rewards
 class RewardMixture:
     """Weighted sum of several rewards. A reward of weight 0 is only reported, in ``parts``."""
 
-    def __init__(self, clients: Sequence[RewardClient], weights: Sequence[float]):
+    def __init__(
+        self,
+        clients: Sequence[RewardClient],
+        weights: Sequence[float],
+        scales: Sequence[Scale] | None = None,
+    ):
+        names = [client.name for client in clients]
         self.clients = list(clients)
-        self.weights = dict(zip((client.name for client in clients), weights, strict=True))
+        self.weights = dict(zip(names, weights, strict=True))
+        self.scales = dict(zip(names, scales or [Scale()] * len(names), strict=True))
 
     @classmethod
     def from_config(
@@ -41,7 +49,8 @@ class RewardMixture:
             )
             for reward in rewards
         ]
-        return cls(clients, [float(reward.get("weight", 1.0)) for reward in rewards])
+        weights = [float(reward.get("weight", 1.0)) for reward in rewards]
+        return cls(clients, weights, [Scale.of(reward) for reward in rewards])
 
     @property
     def fingerprints(self) -> dict[str, str | None]:
@@ -83,7 +92,9 @@ class RewardMixture:
         names = list(self.weights)
         return RewardFuture(
             [client.submit(prompts, responses, fields) for client in self.clients],
-            lambda parts: weighted_sum(dict(zip(names, parts, strict=True)), self.weights),
+            lambda parts: weighted_sum(
+                dict(zip(names, parts, strict=True)), self.weights, self.scales
+            ),
         )
 
     def score(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from nemo_warp.rewards.errors import RewardFailureRateError
+from nemo_warp.rewards.scale import Scale
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,24 @@ class RewardScores:
         return float(self.failed.mean()) if len(self.failed) else 0.0
 
 
-def weighted_sum(parts: dict[str, RewardScores], weights: dict[str, float]) -> RewardScores:
-    """Sum of weight * score over the rewards; a sample fails if any reward of weight != 0 fails."""
+def weighted_sum(
+    parts: dict[str, RewardScores],
+    weights: dict[str, float],
+    scales: Mapping[str, Scale] | None = None,
+) -> RewardScores:
+    """Sum of weight * score over the rewards; a sample fails if any reward of weight != 0 fails.
+
+    Args:
+        parts: scores by reward, as they were given.
+        weights: factors, by reward.
+        scales: what each score becomes before it is weighted.
+    """
     counted = [name for name, weight in weights.items() if weight != 0]
     num_samples = len(next(iter(parts.values())).failed)
     scores = np.zeros(num_samples)
     for name in counted:
-        scores += weights[name] * parts[name].scores
+        scale = (scales or {}).get(name, Scale())
+        scores += weights[name] * scale.of_each(parts[name].scores)
     reasons = [
         "; ".join(f"{name}: {why}" for name in counted if (why := parts[name].reasons[sample]))
         for sample in range(num_samples)

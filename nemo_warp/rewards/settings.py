@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from nemo_warp.rewards.scale import KEYS
 from nemo_warp.rewards.scores import FailureBudget
+from nemo_warp.schema.rules import check_clip
 
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 
@@ -81,7 +83,7 @@ def check_rewards(rewards: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _check_reward(reward: Mapping[str, Any], where: str, seen: set[str]) -> None:
-    known = {"name", "weight", "endpoint", "fingerprint", "shared"}
+    known = {"name", "weight", "endpoint", "fingerprint", "shared", *KEYS}
     if unknown := sorted(set(reward) - known):
         raise ValueError(f"{where} has no {unknown[0]!r}; it has {sorted(known)}")
     for key in ("name", "endpoint"):
@@ -98,3 +100,4 @@ def _check_reward(reward: Mapping[str, Any], where: str, seen: set[str]) -> None
         finite = False
     if not finite:
         raise ValueError(f"{where}.weight must be a finite number, got {reward['weight']!r}")
+    check_clip(reward, where)

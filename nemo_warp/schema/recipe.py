@@ -10,6 +10,7 @@ from nemo_warp.schema.cluster import Cluster
 from nemo_warp.schema.evaluation import Benchmarks, Front
 from nemo_warp.schema.key import REQUIRED, key, section
 from nemo_warp.schema.member import Member
+from nemo_warp.schema.shared import Scaled
 
 SLURM_TIME = r"\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2}"
 """Slurm's: minutes, m:s, h:m:s, days-hours, d-h:m, d-h:m:s (man sbatch, --time)."""
@@ -43,7 +44,7 @@ class Judge:
 
 
 @dataclass
-class Reward(Judge):
+class Reward(Judge, Scaled):
     """An entry of ``rewards``: weight, and one of callable, model and endpoint."""
 
     weight: float = key(REQUIRED, "factor in the sum that is optimised; 0 leaves it out")

@@ -32,3 +32,14 @@ def check_signal(
                 "those of the whole softmax, so that responses of a truncated law would be scored "
                 "as if drawn from another"
             )
+
+
+def check_clip(reward: Mapping[str, Any], where: str) -> None:
+    """Refuse bounds of a reward that are none.
+
+    Raises:
+        ValueError: ``clip`` is not two numbers, the lower one first.
+    """
+    clip = reward.get("clip")
+    if clip is not None and not (len(clip) == 2 and clip[0] < clip[1]):
+        raise ValueError(f"{where}.clip is {list(clip)}, expected [low, high] with low < high")

@@ -108,7 +108,20 @@ class Algorithm:
 
 
 @dataclass
-class RewardEntry:
+class Scaled:
+    """A reward's scale: ``clip((score + shift) * scale)``, before its weight."""
+
+    shift: float = key(0.0, "added to each score")
+    scale: float = key(1.0, "factor of each score, after the shift", above=0)
+    clip: list[float] | None = key(None, "[low, high], bounds of each score after both")
+    standardize: str = key(
+        "none", "over each training batch: take the mean off, or also divide by the deviation",
+        choices=("none", "mean", "deviation"),
+    )  # fmt: skip
+
+
+@dataclass
+class RewardEntry(Scaled):
     """An entry of ``rewards`` of a member or an evaluation."""
 
     name: str = key(

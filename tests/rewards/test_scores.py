@@ -1,11 +1,14 @@
 """Scores, mixtures of them and the failure budget: no server needed."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from nemo_warp.rewards import RewardFailureRateError
 from nemo_warp.rewards.callables import fingerprint, load_callable, score_together
 from nemo_warp.rewards.mixture import RewardMixture
+from nemo_warp.rewards.scale import Scale, optimised
 from nemo_warp.rewards.scores import FailureBudget, RewardScores, weighted_sum
 from nemo_warp.rewards.settings import RewardClientSettings
 
@@ -36,6 +39,43 @@ def test_a_mixture_fails_where_a_part_that_counts_fails():
     np.testing.assert_array_equal(total.parts["gold"], [np.nan, 7.0, 7.0])
 
 
+def test_a_scale_is_shift_factor_bounds_then_the_batch():
+    scores = np.array([0.0, 1.0, 2.0, np.nan, 9.0])
+    scale = Scale(shift=-1.0, scale=2.0, clip=(-1.0, 4.0))
+    np.testing.assert_array_equal(scale.of_each(scores), [-1.0, 0.0, 2.0, np.nan, 4.0])
+    # Mean 1.25; squares of the differences 5.0625 + 1.5625 + 0.5625 + 7.5625 = 14.75, over n - 1.
+    centred = np.array([-2.25, -1.25, 0.75, np.nan, 2.75])
+    np.testing.assert_allclose(
+        replace(scale, standardize="mean").over_batch(scores), centred, rtol=1e-12
+    )
+    np.testing.assert_allclose(
+        replace(scale, standardize="deviation").over_batch(scores),
+        centred / (14.75 / 3) ** 0.5,
+        rtol=1e-12,
+    )
+    divided = Scale(standardize="deviation")
+    for equal in ([0.1] * 7, [5.0], [5.0, np.nan]):
+        found = divided.over_batch(np.array(equal))
+        np.testing.assert_array_equal(found, np.where(np.isnan(equal), np.nan, 0.0))
+    assert np.isnan(divided.over_batch(np.array([np.nan] * 2))).all()
+
+
+def test_a_mixture_is_of_scaled_scores_and_its_parts_are_as_given():
+    parts = {
+        "a": RewardScores.of(np.array([1.0, 3.0, np.nan]), ["", "", "broke"]),
+        "b": RewardScores.of(np.array([10.0, 20.0, 30.0]), ["", "", ""]),
+    }
+    scales = {"a": Scale(shift=1.0), "b": Scale(scale=0.1, clip=(0.0, 1.5), standardize="mean")}
+    total = weighted_sum(parts, {"a": 2.0, "b": 1.0}, scales)
+    np.testing.assert_allclose(total.scores, [4 + 1, 8 + 1.5, np.nan])
+    assert total.reasons[2] == "a: broke"
+    np.testing.assert_array_equal(total.parts["b"], [10.0, 20.0, 30.0])
+    columns = np.stack([parts["a"].scores, parts["b"].scores, [9.0, 9.0, 9.0]], axis=1)
+    trained = optimised(columns, list(scales.values()), [2.0, 1.0])
+    # b is 1, 1.5, 1.5: its mean is taken over all three, though the third sample fails.
+    np.testing.assert_allclose(trained, [4 - 1 / 3, 8 + 1 / 6, np.nan])
+
+
 def test_joined_batches_keep_their_order():
     first, second = RewardScores.of(np.array([1.0]), [""]), RewardScores.all_failed(1, "gone")
     joined = RewardScores.joined([first, second])
@@ -64,6 +104,7 @@ def test_a_dead_server_exceeds_the_budget_in_its_first_batch():
         ({"name": "a", "endpoint": "e", "weight": float("nan")}, "finite"),
         ({"name": "a", "endpoint": "e", "weight": "heavy"}, "finite"),
         ({"name": "a", "endpoint": "e", "wieght": 1}, "no 'wieght'"),
+        ({"name": "a", "endpoint": "e", "clip": [2, 1]}, r"rewards\[0\].clip is \[2, 1\]"),
     ],
 )
 def test_malformed_rewards_are_refused(reward, message):

@@ -13,7 +13,7 @@ from nemo_warp.aligner.entry.allowed_settings import check_settings
 from nemo_warp.aligner.entry.engine import engine_batch_size
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.meaning import check_same_meaning, read_meaning
-from nemo_warp.schema.rules import check_signal
+from nemo_warp.schema.rules import check_clip, check_signal
 
 _MODEL_CONFIG = "model_config.yaml"
 _SIZES = (
@@ -85,6 +85,8 @@ def _check_algorithm(config: Any) -> None:
             "anchor is a policy of its own; set run.measure_anchor=false"
         )
     check_signal(config.rollout, algorithm)
+    for number, reward in enumerate(config.rewards):
+        check_clip(reward, f"rewards.{number}")
     scheme = (config.model.extra.get("peft") or {}).get("peft_scheme", "none")
     if scheme not in (None, "none"):
         raise ValueError(

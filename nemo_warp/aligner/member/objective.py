@@ -20,6 +20,7 @@ from nemo_warp.core.reinforce import (
     token_weights,
     top_k_kl,
 )
+from nemo_warp.rewards.scale import Scale, optimised
 
 _MOST_BYTES = 4 * 2**30
 """Of a batch, with the estimators that hold several tokens of each position."""
@@ -76,7 +77,7 @@ class Objective:
             valid = valid & rollouts.is_end
         kl, direct = self._kl_to_reference(rollouts)
         penalty = self.config.length_penalty * rollouts.response_lengths
-        regularised = rollouts.rewards - penalty - algorithm.kl_coefficient * kl
+        regularised = self._rewards(rollouts) - penalty - algorithm.kl_coefficient * kl
         finite = torch.isfinite(regularised)
         unusable = int((valid & ~finite).sum())
         valid = valid & finite
@@ -101,6 +102,15 @@ class Objective:
         if self.reference is not None:
             metrics["kl_to_anchor"] = _mean(kl, torch.isfinite(kl))
         return Batch(data, kl, metrics)
+
+    def _rewards(self, rollouts: Rollouts) -> Tensor:
+        """What is maximised, float32 [B]: the rewards, standardised over the batch where asked."""
+        scales = [Scale.of(reward) for reward in self.config.rewards]
+        if all(scale.standardize == "none" for scale in scales) or rollouts.parts is None:
+            return rollouts.rewards
+        weights = [float(reward.get("weight", 1.0)) for reward in self.config.rewards]
+        total = optimised(rollouts.parts.double().cpu().numpy(), scales, weights)
+        return torch.as_tensor(total).to(rollouts.rewards)
 
     def _groups(self) -> Tensor:
         """Which prompt of the step each sample answers, int64 [B]."""

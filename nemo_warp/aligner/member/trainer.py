@@ -277,6 +277,8 @@ class WarpReinforceTrainer:
     def _told(self, rollouts: Rollouts) -> dict[str, Any]:
         """Each reward's own mean and, where an evaluation is due, a few responses."""
         told: dict[str, Any] = {"rewards": self.rewards.means(rollouts)}
+        if deviations := self.rewards.deviations(rollouts):
+            told["rewards_deviation"] = deviations
         if self._due(self.config.run.eval_interval):
             number = self.config.evaluation.num_samples_shown
             told["samples"] = shown(rollouts, number, self.model)

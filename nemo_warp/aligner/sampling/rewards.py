@@ -57,6 +57,7 @@ class RewardSource:
         self._is_source = torch.distributed.get_rank() == get_model_parallel_src_rank()
         self._mixture = self._judges = None
         self._weights = {reward.name: float(reward.weight) for reward in config.rewards}
+        self._divided = {r.name for r in config.rewards if r.get("standardize") == "deviation"}
         self._judge_names = [judge.name for judge in config.judges]
         if self._is_source:
             self._mixture = RewardMixture.from_config(
@@ -119,6 +120,14 @@ class RewardSource:
         scored = {name: not column.isnan().all() for name, column in columns}
         means = rollouts.parts.nanmean(0).tolist()
         return {n: mean if scored[n] else None for n, mean in zip(scored, means, strict=False)}
+
+    def deviations(self, rollouts: Any) -> dict[str, float]:
+        """Sample deviation of the scores of each reward that is divided by it; 0 for one score."""
+        if rollouts.parts is None:
+            return {}
+        columns = zip(self.names(judged=False), rollouts.parts.T, strict=False)
+        scored = {name: c[~c.isnan()].double() for name, c in columns if name in self._divided}
+        return {n: s.std().item() if len(s) > 1 else 0.0 for n, s in scored.items()}
 
     def submit(
         self, actor: Any, prompts: list[Prompt], output: dict[str, Tensor], judged: bool = False

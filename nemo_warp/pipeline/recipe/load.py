@@ -35,6 +35,7 @@ from nemo_warp.places import named
 from nemo_warp.records import RecordError
 from nemo_warp.schema import recipe as schema
 from nemo_warp.schema.check import check
+from nemo_warp.schema.shared import Scaled
 
 _SHARED_SECTIONS = ("rollout", "algorithm", "reward_client", "evaluation", "trainer", "model")
 """Sections of a member's configuration that an evaluation has too."""
@@ -124,6 +125,7 @@ class Recipe:
 
     def reward_entries(self, member: int = 0) -> list[dict[str, Any]]:
         """`rewards` as the section ``rewards`` of a member or an evaluation."""
+        usual = vars(Scaled())
         return [
             {
                 "name": name,
@@ -132,6 +134,7 @@ class Recipe:
                 "fingerprint": reward.get("fingerprint"),
                 # Only where it is so: a key more would make finished members another's.
                 **({"shared": True} if reward.get("endpoint") else {}),
+                **{k: reward[k] for k, value in usual.items() if reward.get(k, value) != value},
             }
             for name, reward in self.rewards(member).items()
         ]

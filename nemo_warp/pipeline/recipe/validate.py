@@ -14,7 +14,7 @@ from nemo_warp.merge_arguments import check_recipe_arguments
 from nemo_warp.prompts import read_prompts
 from nemo_warp.schema.key import REQUIRED
 from nemo_warp.schema.member import Member
-from nemo_warp.schema.rules import check_signal
+from nemo_warp.schema.rules import check_clip, check_signal
 
 _SIGNAL_MAY_BE_EARLY_S = 60
 """``sbatch --signal``: "may be sent up to 60 seconds earlier than specified"."""
@@ -107,6 +107,7 @@ def _check_rewards(values: dict[str, Any]) -> None:
     _require(bool(values["rewards"]), "rewards is empty; name at least one")
     for name, reward in values["rewards"].items():
         _check_served(f"rewards.{name}", name, reward)
+        check_clip(reward, f"rewards.{name}")
 
 
 def _check_served(where: str, name: str, reward: dict[str, Any]) -> None:

@@ -93,11 +93,17 @@ def test_answers_stay_with_their_prompts(materials, tmp_path, capfd):
         assert str(materials.train) in told and "Traceback" not in told
         config = write_config(materials, server, tmp_path / "answered", layout)
         given = [f"prompts.{name}={file}" for name, file in files.items()]
+        given += [f"rewards.0.{key}" for key in ("shift=1", "scale=2", "standardize=deviation")]
         ran = run_ranks(run_main, 2, config, *given, "run.total_steps=2", "run.eval_interval=2")
         assert ran == [exit_codes.DONE] * 2
     records = metrics_of(tmp_path / "answered")
     counted = [r["failed_rewards"] for r in records if r["kind"] in ("train", "eval")]
-    assert counted == [0, 0, 0, 0] and all(r["reward"] > 0 for r in records if "reward" in r)
+    assert counted == [0, 0, 0, 0]
+    assert all(r["reward"] == 4.0 for r in records if "reward" in r), "(1 + 1) * 2"
+    trained = [r for r in records if r["kind"] == "train"]
+    assert all(r["rewards"] == {"vader": 1.0} for r in trained), "as they were given"
+    assert all(r["rewards_deviation"] == {"vader": 0.0} for r in trained)
+    assert all(abs(r["regularised_reward"]) < 1.0 for r in trained), "their mean is taken off"
 
 
 def assert_same_state(left: Path, right: Path, step: int, config: str = "config-tp1-pp1-dp1.yaml"):

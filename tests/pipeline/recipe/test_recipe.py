@@ -55,6 +55,8 @@ REWARD = {"weight": 1.0, "callable": "nemo_warp.rewards.library:vader_compound"}
         ({"rewards": {"a": {**REWARD, "callable": "x"}}}, r"expected text such as"),
         ({"rewards": {"a": {**REWARD, "wieght": 1}}}, r"did you mean 'rewards.a.weight'"),
         ({"rewards": {"a b": REWARD}}, r"rewards.a b: use letters"),
+        ({"rewards": {"a": {**REWARD, "clip": [1, 0]}}}, r"rewards.a.clip is \[1, 0\]"),
+        ({"rewards": {"a": {**REWARD, "standardize": "z"}}}, r"none, mean or deviation"),
         ({"rewards": {"a": {**REWARD, "concurrency": 0}}}, r"'rewards.a.concurrency' .* is 0"),
         ({"rewards": {"a": {"weight": 1, "endpoint": "e", "concurrency": 8}}},
          r"rewards.a.concurrency is of a callable"),
@@ -195,7 +197,16 @@ def test_every_recipe_in_the_repository_is_valid() -> None:
     assert len(names) == len(set(names))
 
 
-def test_a_callables_concurrency_reaches_its_server():
+def test_a_rewards_scale_reaches_members_where_it_is_not_the_usual(sandbox: Sandbox) -> None:
+    sandbox.save(rewards={"a": REWARD, "b": {**REWARD, "scale": 0.5, "clip": [-1, 1]}})
+    recipe = load_recipe(sandbox.recipe)
+    plain, changed = recipe.member_config(1, 1)["rewards"]
+    assert not set(plain) & {"shift", "scale", "clip", "standardize"}, "finished members stay"
+    assert {k: changed[k] for k in ("scale", "clip")} == {"scale": 0.5, "clip": [-1, 1]}
+    assert recipe.evaluation_config()["rewards"][1] == changed
+
+
+def test_a_callables_concurrency_reaches_its_server() -> None:
     from nemo_warp.pipeline.launch.programs import _server_words
 
     words = ["-m", "nemo_warp.rewards.serve", "--callable", REWARD["callable"]]
