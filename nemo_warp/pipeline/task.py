@@ -48,8 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("stage", help="e.g. iteration_01/merge; {:02d} is the array index")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the stored recipe")
+    parser.add_argument("--array-begins-after", type=int, default=0, metavar="MEMBER",
+                        help="the member before the one that array index 1 is")  # fmt: skip
     options = parser.parse_args(argv)
-    index = int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))
+    index = options.array_begins_after + int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))
     try:
         recipe = load_recipe(options.run, options.overrides)
         stage = _find(recipe, options.stage.replace("{:02d}", f"{index:02d}"))
@@ -152,7 +154,8 @@ def _supersede(recipe: Recipe, stage: Stage, request: Request) -> None:
     if recorded is None or recorded == request.record():
         return
     recipe.paths.superseded.mkdir(exist_ok=True)
-    number = sum(1 for _ in recipe.paths.superseded.iterdir()) + 1
+    taken = [p.name.partition(".")[0] for p in recipe.paths.superseded.iterdir()]
+    number = max((int(n) for n in taken if n.isdigit()), default=0) + 1  # some may be deleted
     target = recipe.paths.superseded / f"{number:03d}.{stage.name.replace('/', '.')}"
     paths.directory.rename(target)
     print(f"{stage.name}: its inputs have changed; the old one is in {target}", flush=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def read_metrics(path: Path, kind: str) -> list[dict[str, Any]]:
     """
     by_step = {}
     for where, record in read_records(path):
-        if record.get("kind") == kind:
+        if record.get("kind") == kind and _was_measured(record, REQUIRED[kind], where):
             _check_numbers(record, REQUIRED[kind], where)
             by_step[record["step"]] = record
     return [by_step[step] for step in sorted(by_step)]
@@ -62,8 +63,9 @@ def read_points(path: Path) -> list[dict[str, Any]]:
     """
     by_place = {}
     for where, record in read_records(path):
-        _check_numbers(record, REQUIRED["point"], where)
-        by_place[str(record.get("base", "")), record["eta"]] = record
+        if _was_measured(record, REQUIRED["point"], where):
+            _check_numbers(record, REQUIRED["point"], where)
+            by_place[str(record.get("base", "")), record["eta"]] = record
     return [by_place[place] for place in sorted(by_place)]
 
 
@@ -97,6 +99,14 @@ def _with_best_divergences(record: dict[str, Any]) -> dict[str, Any]:
             best[name] = record[f"{name}_exact"]
             best[f"{name}_stderr"] = record.get(f"{name}_exact_stderr")
     return best
+
+
+def _was_measured(record: dict[str, Any], required: tuple[str, ...], where: str) -> bool:
+    """Whether the record holds a number: null says that no response had one, and is left out."""
+    empty = [name for name in required if name in record and record[name] is None]
+    if empty:
+        print(f"warning: {where}: {', '.join(empty)} is null; left out", file=sys.stderr)
+    return not empty
 
 
 def _check_numbers(record: dict[str, Any], required: tuple[str, ...], where: str) -> None:

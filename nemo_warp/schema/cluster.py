@@ -44,8 +44,15 @@ class Cluster:
         900, "before the time limit, when members are told to save and stop", unit="s", low=0
     )
     container: Container = section(Container)
-    python: str = key("python3", "on the nodes, outside the container", nonempty=True)
-    step_python: str = key("${python}", "inside the steps (inside the container)", nonempty=True)
+    python: str | None = key(
+        "python3", "on the nodes, outside the container; null: the one that submits", nonempty=True
+    )
+    step_python: str | None = key(
+        "${python}", "inside the steps (inside the container)", nonempty=True
+    )
+    max_array_size: int = key(
+        1001, "MaxArraySize (scontrol show config): more members are several arrays", low=2
+    )
     environment: dict[str, str] = key({}, "exported to every job")
     sbatch: list[str | int | float] = key([], "further options of every sbatch")
     srun: list[str | int | float] = key([], "further options of every srun")

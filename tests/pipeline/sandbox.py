@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+PATIENCE_S = 120.0
 ROOT = Path(__file__).resolve().parents[2]
 FAKE = Path(__file__).with_name("fake_stage.py")
 
@@ -77,6 +80,13 @@ class Sandbox:
 
     def has_saved(self, stage: str) -> bool:
         return (self.run_directory / stage / "checkpoints").exists()
+
+    def wait_for(self, condition: Callable[[], Any], what: str = "") -> Any:
+        deadline = time.monotonic() + PATIENCE_S
+        while not (value := condition()):
+            assert time.monotonic() < deadline, what
+            time.sleep(0.05)
+        return value
 
     def start(self, command: str = "run", *words: str, **environment: str) -> subprocess.Popen:
         return subprocess.Popen(

@@ -50,6 +50,13 @@ def test_points_are_ordered_and_the_last_of_a_repeated_point_counts(tmp_path):
     assert found == [("init", 0.3, 0.4), ("init", 1, 0.7), ("sft", 1, 0.9)]
 
 
+def test_what_nobody_could_measure_is_left_out(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(EVAL % (0, 0.1) + EVAL.strip() % (10, "null") + "\n" + EVAL % (20, 0.1))
+    assert [r["step"] for r in read_metrics(path, "eval")] == [0, 20]
+    assert f"warning: {path}, line 2: reward is null; left out" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -21,8 +21,9 @@ _IMPORTED_STAR = "*"
 def check_before_start(recipe: Recipe) -> None:
     """Raise ValueError for the first thing that stages would fail of, hours later."""
     check_files(recipe.values)
-    check_prompts(recipe.values)
-    check_counts(recipe.values)
+    members = [recipe.member_config(*one) for one in recipe.different_members()]
+    check_prompts(recipe.values, members)
+    check_counts(recipe.values, members)
     for name, reward in recipe.values["rewards"].items():
         if reward["weight"] != 0:
             _check_reward(recipe, f"rewards.{name}", reward)

@@ -40,12 +40,17 @@ class Cost:
 
 
 def costs(recipe: Recipe) -> dict[str, Cost]:
-    """Cost of the members of each iteration (``members of iteration 1``) and of the evaluations."""
-    members, found = recipe.values["members"], {}
+    """Cost of the members of each iteration and of the evaluations.
+
+    Members that cost the same are one row (``members of iteration 1``); where they differ in
+    steps, nodes or GPUs, each kind has its own (``members 1, 3 of iteration 1``).
+    """
+    found: dict[str, Cost] = {}
     for iteration in range(1, recipe.values["iterations"] + 1):
-        hours = member_hours(recipe, iteration)
-        nodes, gpus = _shape(recipe, MEMBER, iteration)
-        found[f"members of iteration {iteration}"] = Cost(members, nodes, gpus, hours)
+        rows = _members(recipe, iteration)
+        for (nodes, gpus, hours), members in rows.items():
+            whose = f"members {', '.join(map(str, members))}" if len(rows) > 1 else "members"
+            found[f"{whose} of iteration {iteration}"] = Cost(len(members), nodes, gpus, hours)
     iterations = recipe.values["iterations"]
     points = sum(recipe.num_points(i) for i in range(1, iterations + 1)) / iterations
     for name, kind, jobs, number in (
@@ -63,9 +68,19 @@ def seconds_each(recipe: Recipe, kind: str) -> float | None:
     return recipe.values["estimate"][key]
 
 
-def member_hours(recipe: Recipe, iteration: int) -> float | None:
+def _members(recipe: Recipe, iteration: int) -> dict[tuple[int, int, float | None], list[int]]:
+    """Nodes, GPUs and hours -> the members of an iteration that cost that."""
+    numbers = list(range(1, recipe.values["members"] + 1))
+    rows: dict[tuple[int, int, float | None], list[int]] = {}
+    for member in numbers if recipe.values["per_member"] else [1]:
+        row = (*_shape(recipe, MEMBER, iteration, member), member_hours(recipe, iteration, member))
+        rows.setdefault(row, []).append(member)
+    return rows if recipe.values["per_member"] else dict.fromkeys(rows, numbers)
+
+
+def member_hours(recipe: Recipe, iteration: int, member: int = 1) -> float | None:
     """Hours of one member of ``iteration``."""
-    return _hours(seconds_each(recipe, MEMBER), recipe.total_steps(iteration))
+    return _hours(seconds_each(recipe, MEMBER), recipe.total_steps(iteration, member))
 
 
 def wall_hours(recipe: Recipe) -> float | None:
@@ -78,12 +93,14 @@ def wall_hours(recipe: Recipe) -> float | None:
     at_a_time = launcher["side_by_side"] if local else launcher["throttle"] or values["members"]
     waves = -(-values["members"] // at_a_time)
     iterations = range(1, values["iterations"] + 1)
-    members = [member_hours(recipe, iteration) for iteration in iterations]
+    numbers = range(1, values["members"] + 1) if values["per_member"] else (1,)
+    # A merge waits for the longest member.
+    members = [max((member_hours(recipe, i, m) or 0.0) for m in numbers) for i in iterations]
     each = seconds_each(recipe, EVALUATION)
-    if None in members or each is None:
+    if seconds_each(recipe, MEMBER) is None or each is None:
         return None
     points = max(recipe.num_points(values["iterations"]), len(values["front"]["kappas"]))
-    return waves * sum(hours or 0.0 for hours in members) + each * points / 3600
+    return waves * sum(members) + each * points / 3600
 
 
 def measured_seconds(timings: Path) -> float:
@@ -119,11 +136,13 @@ def disk_bytes(recipe: Recipe) -> dict[str, int] | None:
     runs = values["iterations"] * values["members"]
     # With retention, this iteration's and those of the one before, which is being evaluated.
     kept = min(runs, 2 * values["members"]) if values["retention"] == "evaluated" else runs
-    keep, dtype = values["member"]["run"]["keep_checkpoints"], values["member"]["export"]["dtype"]
+    members = [recipe.member_config(*one) for one in recipe.different_members()]
+    keep = sum(member["run"]["keep_checkpoints"] for member in members) / len(members)
+    policy = sum(_POLICY_BYTES[member["export"]["dtype"]] for member in members) / len(members)
     merged = _POLICY_BYTES["float32" if "float32" in values["merge"]["arguments"] else "same"]
     return {
         "training checkpoints": int(parameters * _CHECKPOINT_BYTES * keep * kept),
-        "policies": int(parameters * _POLICY_BYTES[dtype] * runs),
+        "policies": int(parameters * policy * runs),
         "merged": int(parameters * merged * (2 * values["iterations"] + 1)),
     }
 
@@ -133,12 +152,9 @@ def memory(recipe: Recipe) -> Footprint | None:
     model = recipe.values["estimate"]["model"]
     if model is None:
         return None
-    iterations = range(1, recipe.values["iterations"] + 1)
-    members = range(1, recipe.values["members"] + 1)
     found = [
-        member_footprint(KNOWN[model], recipe.member_config(iteration, member))
-        for iteration in iterations
-        for member in members
+        member_footprint(KNOWN[model], recipe.member_config(*one))
+        for one in recipe.different_members()
     ]
     return max(found, key=lambda footprint: footprint.peak)
 
@@ -155,10 +171,10 @@ def _hours(seconds_each: float | None, number: float) -> float | None:
     return None if seconds_each is None else seconds_each * number / 3600
 
 
-def _shape(recipe: Recipe, kind: str, iteration: int = 0) -> tuple[int, int]:
+def _shape(recipe: Recipe, kind: str, iteration: int = 0, member: int = 0) -> tuple[int, int]:
     """Nodes and GPUs of one job."""
     if recipe.values["launcher"]["kind"] == "slurm":
-        job = slurm_jobs.job_shape(recipe, kind, iteration)
+        job = slurm_jobs.job_shape(recipe, kind, iteration, member)
         return job.nodes, job.nodes * job.gpus_per_node
     return 1, len(recipe.values["launcher"]["gpus"]) // recipe.values["launcher"]["side_by_side"]
 

@@ -65,7 +65,7 @@ def main(args: argparse.Namespace) -> int:
     if args.timings is not None:
         args.overrides += [f"estimate.seconds_per_step={measured_seconds(args.timings):.6g}"]
     recipe = load(args, files_here=False)
-    check_prompts(recipe.values)
+    check_prompts(recipe.values, [recipe.member_config(*one) for one in recipe.different_members()])
     if args.json:
         print(json.dumps(as_json(recipe), indent=2))
         return exit_codes.DONE

@@ -16,7 +16,6 @@ from nemo_warp.pipeline.commands.common import (
 from nemo_warp.pipeline.commands.run import go
 from nemo_warp.pipeline.disk import attempts, cancelled, locks
 from nemo_warp.pipeline.disk.state import Status, inspect
-from nemo_warp.pipeline.launch import slurm
 
 EPILOG = f"""\
 Removes the run's STOP file, gives failed stages a fresh budget of attempts, and runs what is
@@ -53,7 +52,7 @@ def main(args: argparse.Namespace) -> int:
         cancelled.forgive(recipe.paths.stage(name), *look.cancelled_jobs(name))
     try:
         return go(recipe, args.redo, args.other_code)
-    except (ValueError, slurm.SlurmError):
+    except Exception:
         if stopped:  # it could not go on, so the stop stands
             recipe.paths.stop.touch()
         raise

@@ -21,7 +21,7 @@ from nemo_warp.pipeline.launch.local import LocalDriver
 from nemo_warp.pipeline.launch.rounds import run_round
 from nemo_warp.pipeline.recipe.load import Recipe, load_recipe
 from nemo_warp.pipeline.recipe.plan import merge_name
-from nemo_warp.records import code_version
+from nemo_warp.records import code_version, write_text_atomically
 
 EPILOG = f"""\
 What is on disk decides what is left to do, so run it as often as you like: what is done is not
@@ -71,8 +71,7 @@ def go(recipe: Recipe, redo: bool = False, other_code: bool = False) -> int:
     with locks.hold(recipe.paths.driver_lock, 120.0 if by_slurm else 0.0):
         if recipe.paths.recipe.exists():
             _refuse_other_launcher(recipe)
-            if not other_code:
-                refuse_other_code(recipe, code_version())
+            refuse_other_code(recipe, code_version(), other_code)
         change = open_run(recipe, redo)
     for name, reason in change.redone.items():
         print(f"made again: {name} ({reason})")
@@ -129,8 +128,15 @@ def _refuse_other_launcher(recipe: Recipe) -> None:
         )
 
 
-def refuse_other_code(recipe: Recipe, version: str) -> None:
+def refuse_other_code(recipe: Recipe, version: str, agreed: bool = False) -> None:
     """All members of an iteration are made by the same code.
+
+    That somebody wants it otherwise is kept: the drivers that follow go on with that version.
+
+    Args:
+        recipe: of an existing run.
+        version: of this code.
+        agreed: whether this version may end the iteration that is being made.
 
     Raises:
         ValueError: some of the iteration that is being made were made by another version.
@@ -143,6 +149,12 @@ def refuse_other_code(recipe: Recipe, version: str) -> None:
         ),
         None,
     )
+    agreement = f"{now}:{version}"
+    if agreed:
+        write_text_atomically(recipe.paths.other_code, agreement)
+    kept = recipe.paths.other_code
+    if kept.exists() and kept.read_text() == agreement:
+        return
     for stage in (s for s in recipe.stages if s.iteration == now and s.member):
         for attempt in attempts.list_attempts(recipe.paths.stage(stage.name))[-1:]:
             made_by = attempt.record.get("code_version", version)

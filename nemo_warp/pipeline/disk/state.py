@@ -30,6 +30,11 @@ class Status(str, Enum):
     """No further attempt is made without ``resume``."""
 
 
+_HELD_UP = ("SUSPENDED", "STOPPED")
+_WITH_NODES = ("RUNNING", "COMPLETING", "CONFIGURING", "STAGE_OUT", "RESIZING", "SIGNALING",
+               *_HELD_UP)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class QueuedJob:
     """One job or array task of this run in Slurm's queue."""
@@ -40,8 +45,13 @@ class QueuedJob:
 
     @property
     def running(self) -> bool:
-        """Whether it has an allocation."""
-        return self.state in ("RUNNING", "COMPLETING", "CONFIGURING", "STAGE_OUT")
+        """Whether it has an allocation: no stop may take it out of the queue."""
+        return self.state in _WITH_NODES
+
+    @property
+    def why(self) -> str:
+        """What holds it up, for people."""
+        return self.reason or (self.state.lower() if self.state in _HELD_UP else "")
 
 
 @dataclass(frozen=True)
@@ -90,7 +100,7 @@ def _inspect_stage(
         except RecordError as error:
             return StageState(stage, Status.FAILED, str(error), job)
     if job is not None:
-        return StageState(stage, Status.RUNNING if job.running else Status.QUEUED, job.reason, job)
+        return StageState(stage, Status.RUNNING if job.running else Status.QUEUED, job.why, job)
     if locks.is_held(paths.lock):
         return StageState(stage, Status.RUNNING)
     cancelled_job = cancelled.standing(paths, cancelled_job)

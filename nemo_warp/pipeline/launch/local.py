@@ -54,7 +54,7 @@ class LocalDriver:
         self._recipe, self._live = recipe, live
         self._tasks: dict[str, subprocess.Popen] = {}
         self._devices: dict[str, str] = {}
-        self._tries: dict[str, int] = {}
+        self._tries: dict[str, int | None] = {}
         self._interrupted = False
         self._next_signal = 0.0
         self._refused: set[str] = set()
@@ -139,7 +139,7 @@ class LocalDriver:
         ]
         logs = self._recipe.paths.task_log(name)
         logs.parent.mkdir(exist_ok=True)
-        self._tries[name] = len(list_attempts(self._recipe.paths.stage(name)))
+        self._tries[name] = self._newest(name)
         self._devices[name] = devices
         visible = {"CUDA_VISIBLE_DEVICES": devices} if devices else {}
         with logs.open("ab") as output:
@@ -156,13 +156,21 @@ class LocalDriver:
     def _ended(self, name: str, code: int) -> None:
         """One that ended before it could make an attempt would do the same again: not repeated."""
         del self._devices[name]
-        made = len(list_attempts(self._recipe.paths.stage(name))) > self._tries[name]
+        made = self._newest(name) != self._tries[name]
         quiet = (exit_codes.DONE, exit_codes.IN_PROGRESS)
         if code not in quiet and not made and not self._interrupted:
             self._refused.add(name)
             self._live.refused(name, self._recipe.paths.task_log(name))
         elif code:
             self._live.ended(name, code)
+
+    def _newest(self, name: str) -> int | None:
+        """Tells the stage's newest attempt from any other.
+
+        Numbers do not: those of a stage that is made again begin anew.
+        """
+        tries = list_attempts(self._recipe.paths.stage(name))
+        return tries[-1].directory.stat().st_ino if tries else None
 
     def _wait(self, states: dict[str, StageState]) -> None:
         """Until one of our tasks ends, or it is time to look at those of others."""

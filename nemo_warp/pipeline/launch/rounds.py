@@ -177,10 +177,11 @@ def _groups(recipe: Recipe, states: dict[str, StageState]) -> Iterator[list[Stag
 
 def _alike(recipe: Recipe, stages: list[Stage]) -> Iterator[list[Stage]]:
     """The tasks of one array ask for the same: members that need more nodes are another array."""
-    shapes: dict[slurm_jobs.JobShape, list[Stage]] = {}
+    alike: dict[tuple[slurm_jobs.JobShape, int], list[Stage]] = {}
     for stage in stages:
-        shapes.setdefault(slurm_jobs.stage_shape(recipe, stage), []).append(stage)
-    yield from shapes.values()
+        array = slurm_jobs.stage_shape(recipe, stage), slurm_jobs.begins_after(recipe, stage)
+        alike.setdefault(array, []).append(stage)
+    yield from alike.values()
 
 
 def _at_the_end(stage: Stage, now: int, last: int) -> bool:

@@ -8,6 +8,7 @@ member's number as index.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -111,14 +112,24 @@ def keep_tag(recipe: Recipe) -> None:
         write_text_atomically(recipe.paths.tag, run_tag(recipe) + "\n")
 
 
-def job_name(recipe: Recipe, kind: str, iteration: int = 0) -> str:
-    """Name of the job that runs the stages of a kind in an iteration."""
-    return _job_name(run_tag(recipe), kind, iteration)
+def job_name(recipe: Recipe, stage: Stage) -> str:
+    """Name of the job that runs ``stage``."""
+    return _job_name(run_tag(recipe), stage.kind, stage.iteration, begins_after(recipe, stage))
 
 
-def _job_name(tag: str, kind: str, iteration: int) -> str:
+def _job_name(tag: str, kind: str, iteration: int, begins_after: int = 0) -> str:
     middle = f"-i{iteration:02d}" if iteration else ""
-    return f"warp-{tag}{middle}-{kind}"
+    window = f"-{begins_after + 1}" if begins_after else ""
+    return f"warp-{tag}{middle}-{kind}{window}"
+
+
+def begins_after(recipe: Recipe, stage: Stage) -> int:
+    """The member before the first that one array holds with that of ``stage``; 0 for the others.
+
+    An index is below MaxArraySize: more members than that are several arrays.
+    """
+    size = recipe.cluster["max_array_size"] - 1
+    return (stage.member - 1) // size * size if stage.member else 0
 
 
 def own_job(recipe: Recipe, stage: Stage) -> str | None:
@@ -128,7 +139,7 @@ def own_job(recipe: Recipe, stage: Stage) -> str | None:
     """
     if recipe.values["launcher"]["kind"] != "slurm":
         return None
-    return slurm.own_job_id(job_name(recipe, stage.kind, stage.iteration))
+    return slurm.own_job_id(job_name(recipe, stage))
 
 
 def queue(recipe: Recipe, patience_s: float = slurm.PATIENCE_S) -> dict[str, QueuedJob]:
@@ -149,19 +160,21 @@ def look(recipe: Recipe, patience_s: float = slurm.PATIENCE_S) -> Look:
     tag = run_tag(recipe)
     stages: dict[tuple[str, int], str] = {(_job_name(tag, DRIVER, 0), 0): DRIVER}
     for stage in recipe.stages:
-        stages[_job_name(tag, stage.kind, stage.iteration), stage.member] = stage.name
+        after = begins_after(recipe, stage)
+        index = stage.member - after
+        stages[_job_name(tag, stage.kind, stage.iteration, after), index] = stage.name
     names = ",".join(sorted({name for name, _ in stages}))
     words = ["squeue", "--noheader", "--array", "--states=all", f"--name={names}"]
     found = Look()
     for line in slurm.ask([*words, "--format=%j|%F|%K|%T|%r"], patience_s).splitlines():
-        name, job, index, state, reason = line.split("|", 4)
-        member = int(index) if index.isdigit() else 0
+        name, job, array_index, state, reason = line.split("|", 4)
+        index = int(array_index) if array_index.isdigit() else 0
         found.ids.add(job)
         # Somebody else's jobs of these names, and this one's own, are not the run's.
-        stage_name = stages.get((name, member))
+        stage_name = stages.get((name, index))
         if stage_name is None or job == slurm.own_job_id(name):
             continue
-        job_id = f"{job}_{member}" if member else job
+        job_id = f"{job}_{index}" if index else job
         if state not in _OVER:
             known = QueuedJob(job_id, state, "" if reason == "None" else reason)
             found.active[stage_name] = known
@@ -198,12 +211,9 @@ def _nodes(recipe: Recipe, kind: str, iteration: int, member: int) -> int:
         return sum(node_counts(config, [*recipe.rewards().values(), *recipe.judges.values()]))
     if kind != MEMBER:
         return 1
-    # Without a table of their own all are alike: not 999 times 999 configurations.
-    tables = [recipe.values[key] or [None] for key in ("per_iteration", "per_member")]
-    iterations, members = (
-        [given] if given else range(1, len(table) + 1)
-        for given, table in zip((iteration, member), tables, strict=True)
-    )
+    alike = list(recipe.different_members())
+    iterations = {iteration} if iteration else {i for i, _ in alike}
+    members = {member} if member else {m for _, m in alike}
     return max(
         sum(
             node_counts(
@@ -226,23 +236,36 @@ def sbatch_stage(
     """The ``sbatch`` line for stages of one kind, iteration and shape (several: a member array)."""
     first = stages[0]
     shape, cluster = stage_shape(recipe, first), recipe.cluster
-    words = _sbatch(recipe, first.kind, first.iteration, shape)
-    name = first.name
+    words = _sbatch(recipe, first.kind, job_name(recipe, first), shape)
+    name, after_member = first.name, begins_after(recipe, first)
     if first.kind == MEMBER:
         throttle = recipe.values["launcher"]["throttle"]
-        indices = ",".join(str(stage.member) for stage in stages)
+        indices = _ranges([stage.member - after_member for stage in stages])
         words += [f"--array={indices}{f'%{throttle}' if throttle else ''}"]
         words += [f"--signal=B:USR1@{cluster['signal_margin_s']}"]
         name = f"{name.rsplit('_', 1)[0]}_{{:02d}}"
     words += [f"--dependency={dependency}:{':'.join(after)}"] if after else []
     script = [str(shared("slurm") / "task.sh"), cluster["python"]]
-    return [*words, *cluster["sbatch"], *script, str(recipe.paths.root), name, OWN_LAUNCHER]
+    script += [str(recipe.paths.root), name, OWN_LAUNCHER]
+    script += [f"--array-begins-after={after_member}"] if after_member else []
+    return [*words, *cluster["sbatch"], *script]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """``1,2,5-9``: a line of 999 numbers is longer than some sites allow."""
+    parts: list[str] = []
+    for _, run in itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
+        found = [number for _, number in run]
+        whole = len(found) > 2
+        parts += [f"{found[0]}-{found[-1]}"] if whole else [str(number) for number in found]
+    return ",".join(parts)
 
 
 def sbatch_driver(recipe: Recipe) -> list[str]:
     """The ``sbatch`` line for the next round's driver, which begins in an hour (see `follow`)."""
     shape = job_shape(recipe, DRIVER)
-    words = _sbatch(recipe, DRIVER, 0, shape, chdir=os.getcwd())
+    name = _job_name(run_tag(recipe), DRIVER, 0)
+    words = _sbatch(recipe, DRIVER, name, shape, chdir=os.getcwd())
     words += ["--begin=now+1hour"]
     arguments = [word for word in recipe.arguments if word != OWN_LAUNCHER]
     script = [str(shared("slurm") / "warp_iter.sh"), *arguments]
@@ -256,11 +279,11 @@ def follow(driver: str, after: Sequence[str]) -> list[str]:
 
 
 def _sbatch(
-    recipe: Recipe, kind: str, iteration: int, shape: JobShape, chdir: str | None = None
+    recipe: Recipe, kind: str, name: str, shape: JobShape, chdir: str | None = None
 ) -> list[str]:
     cluster = recipe.cluster
     partition = cluster["driver_partition" if RESOURCES[kind] == "driver" else "partition"]
-    name, logs = job_name(recipe, kind, iteration), recipe.paths.slurm_logs
+    logs = str(recipe.paths.slurm_logs).replace("%", "%%")  # % begins one of Slurm's symbols
     output = "%A_%a.txt" if kind == MEMBER else "%j.txt"
     words = ["sbatch", "--parsable", f"--job-name={name}", f"--account={cluster['account']}"]
     words += [f"--partition={partition}", f"--time={shape.time}", f"--nodes={shape.nodes}"]

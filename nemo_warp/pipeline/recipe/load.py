@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import json
 import os
-import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from nemo_warp.config import (
 from nemo_warp.pipeline.recipe import inputs
 from nemo_warp.pipeline.recipe.paths import RunPaths
 from nemo_warp.pipeline.recipe.plan import Stage, build_plan
+from nemo_warp.pipeline.recipe.relative import make_absolute
 from nemo_warp.pipeline.recipe.validate import (
     check_cluster,
     check_member,
@@ -102,6 +104,11 @@ class Recipe:
         config["rewards"] = self.reward_entries(member)
         config["judges"] = self.judge_entries()
         return config
+
+    def different_members(self) -> Iterator[tuple[int, int]]:
+        """Iteration and member of one of each kind that the tables make: the others are like it."""
+        tables = (self.values[key] or [None] for key in ("per_iteration", "per_member"))
+        yield from itertools.product(*(range(1, len(table) + 1) for table in tables))
 
     def evaluation_config(self) -> dict[str, Any]:
         """A copy of the evaluations' configuration; places and checkpoints are still missing."""
@@ -208,25 +215,25 @@ def load_recipe(source: Path, overrides: Sequence[str] = (), files_here: bool = 
     file = source / "recipe.yaml" if source.is_dir() else source
     if not file.exists():
         raise ValueError(f"no recipe {file}; give a recipe file or a directory with a recipe.yaml")
-    config = load_config(CONF_DIRECTORY / "recipe.yaml", *_layers(file), list(overrides))
+    layers = _layers(file)
+    config = load_config(CONF_DIRECTORY / "recipe.yaml", *layers, list(overrides))
     require_complete(config)
     values = _resolve(config) | {"base": None}
     values = check(values, schema.Recipe, str(file), complete=True)
     refuse_replaced(values)
     values["member"] = _member_section(values["member"], f"section member of {file}")
-    _make_absolute(values)
+    make_absolute(values, layers[::-1], overrides)
     if values["run_directory"] is None:  # a run directory's own recipe: it may have been moved
         values["run_directory"] = str(file.parent.resolve())
     check_recipe(values, str(file), files_here)
     recipe = Recipe(values, RunPaths(Path(values["run_directory"])), (str(source), *overrides))
-    for iteration in range(1, values["iterations"] + 1):
-        for member in range(1, values["members"] + 1):
-            resolved = recipe._resolved_member(iteration, member)  # names unknown keys
-            try:
-                check_member(resolved, values)
-            except ValueError as error:
-                where = f"{file}: iteration {iteration}, member {member}"
-                raise ValueError(f"{where}: {error}") from None
+    for iteration, member in recipe.different_members():
+        resolved = recipe._resolved_member(iteration, member)  # names unknown keys
+        try:
+            check_member(resolved, values)
+        except ValueError as error:
+            where = f"{file}: iteration {iteration}, member {member}"
+            raise ValueError(f"{where}: {error}") from None
     recipe.evaluation_config()
     if values["launcher"]["kind"] == "slurm":
         _ = recipe.cluster
@@ -284,25 +291,6 @@ def _entry(tables: list[dict[str, Any]], number: int) -> dict[str, Any]:
     return (tables[number - 1] or {}) if tables else {}
 
 
-def _make_absolute(values: dict[str, Any]) -> None:
-    """Turn the recipe's relative paths into absolute ones, in place; h100 is a cluster of conf."""
-    if re.fullmatch(r"[\w-]+", values["cluster"] or ""):
-        values["cluster"] = str(CONF_DIRECTORY / "cluster" / f"{values['cluster']}.yaml")
-    elif values["cluster"]:
-        values["cluster"] = str(named(Path(values["cluster"]), "conf"))
-    for key in ("run_directory", "sft", "init", "cluster"):
-        if values[key] is not None:
-            values[key] = os.path.abspath(values[key])
-    benchmarks = values["benchmarks"]
-    if benchmarks["include"] is not None:
-        benchmarks["include"] = os.path.abspath(benchmarks["include"])
-    values["prompts"] = {k: os.path.abspath(p) for k, p in values["prompts"].items()}
-    for reward in (*values["rewards"].values(), *values["judges"].values()):
-        for key in ("model", "endpoint"):
-            if isinstance(reward, dict) and reward.get(key):
-                reward[key] = os.path.abspath(reward[key])
-
-
 def _load_cluster(values: dict[str, Any]) -> dict[str, Any]:
     if values["cluster"] is None:
         raise ValueError("launcher.kind is slurm, but no cluster is given, e.g. cluster=h100")
@@ -313,6 +301,8 @@ def _load_cluster(values: dict[str, Any]) -> dict[str, Any]:
         require_complete(config)
         check_resolved(config, CONF_DIRECTORY / "cluster" / "defaults.yaml", str(file))
         cluster = to_plain(config)
+        cluster["python"] = cluster["python"] or sys.executable
+        cluster["step_python"] = cluster["step_python"] or cluster["python"]
         check_cluster(cluster, str(values["resources"]["member"]["time"]))
     except ValueError as error:
         raise ValueError(f"cluster file {file}: {error}") from None

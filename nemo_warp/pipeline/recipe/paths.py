@@ -40,6 +40,11 @@ class RunPaths:
         return self.root / "locks" / "redo.json"
 
     @property
+    def other_code(self) -> Path:
+        """The iteration and the version of the code that somebody wants to end it with."""
+        return self.root / "locks" / "other_code.txt"
+
+    @property
     def notified(self) -> Path:
         """The last event that `notify` was told of."""
         return self.root / "locks" / "notified.txt"

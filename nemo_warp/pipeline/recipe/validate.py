@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,6 @@ def check_recipe(values: dict[str, Any], source: str, files_here: bool = True) -
         _check_rates(values)
         _check_gpus(values["launcher"])
         check_member(values["member"], values)
-        _check_average(values)
         check_recipe_arguments(values["merge"]["arguments"], values["members"])
         if files_here:
             check_files(values)
@@ -203,11 +203,11 @@ def check_member(member: dict[str, Any], values: dict[str, Any]) -> None:
              "member.model.tensor_model_parallel_size")  # fmt: skip
     check_signal(member["rollout"], member["algorithm"], "member.")
     _check_one_machine(trainer, values["launcher"])
+    _check_average(values["merge"]["average_steps"], member["run"])
 
 
-def _check_average(values: dict[str, Any]) -> None:
+def _check_average(steps: list[int] | None, run: dict[str, Any]) -> None:
     """Checkpoints to average must be ones that are saved and kept."""
-    steps, run = values["merge"]["average_steps"], values["member"]["run"]
     if steps is None:
         return
     interval, keep, last = run["save_interval"], run["keep_checkpoints"], run["total_steps"]
@@ -256,31 +256,36 @@ def check_files(values: dict[str, Any]) -> None:
         _require(os.path.getsize(path) > 0, f"prompts.{key}: {path} is empty")
 
 
-def check_prompts(values: dict[str, Any]) -> None:
+def check_prompts(values: dict[str, Any], members: Iterable[dict[str, Any]]) -> None:
     """Read the prompt files that are here whole.
+
+    Args:
+        values: the recipe's.
+        members: the members' configurations.
 
     Raises:
         ValueError: names the file and the line that is broken.
     """
-    for path in values["prompts"].values():
-        if os.path.exists(path):
-            read_prompts(Path(path), values["member"]["prompts"]["key"])
+    for key in sorted({member["prompts"]["key"] for member in members}):
+        for path in values["prompts"].values():
+            if os.path.exists(path):
+                read_prompts(Path(path), key)
 
 
-def check_counts(values: dict[str, Any]) -> None:
+def check_counts(values: dict[str, Any], members: Sequence[dict[str, Any]]) -> None:
     """Refuse evaluations that want more held-out prompts than there are.
 
     Raises:
         ValueError: names the key and the file.
     """
-    member, file = values["member"], values["prompts"]["heldout"]
+    file = values["prompts"]["heldout"]
     settings = values["evaluation"]["settings"].get("evaluation") or {}
     wanted = {
-        "member.evaluation.num_prompts": member["evaluation"]["num_prompts"],
+        "member.evaluation.num_prompts": max(m["evaluation"]["num_prompts"] for m in members),
         "evaluation.settings.evaluation.num_prompts": settings.get("num_prompts", 0),
     }
     if values["commands"]["member"]:  # another program may need fewer
         return
-    found = len(read_prompts(Path(file), member["prompts"]["key"]))
+    found = len(read_prompts(Path(file), members[0]["prompts"]["key"]))
     for key, number in wanted.items():
         _require(found >= number, f"{key} is {number}, but {file} has {found} prompts")
