@@ -76,7 +76,7 @@ def draw(picture: Picture, results: Sequence[Mapping[str, Any]], path: Path) -> 
             if seeds:
                 _draw_variant(axes, seeds, (x, y), label, series_colour(index))
         if picture.x_max is not None:
-            axes.set_xlim(right=picture.x_max)
+            axes.set_xlim(-0.02 * picture.x_max, picture.x_max)
         label_axes(axes, _UNITS.get(x, x), _UNITS.get(y, y), picture.title)
         if axes.get_legend_handles_labels()[1]:
             axes.legend()
