@@ -1,6 +1,7 @@
 """The rules of the house, as tests: linters, import directions, shell scripts, no patching."""
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "nemo_warp"
 COMPAT = PACKAGE / "aligner" / "compat"
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted(ROOT.glob("docs/**/*.md")),
+    *sorted(ROOT.glob("recipes/*/README.md")),
+]
+BASES = (ROOT, PACKAGE, PACKAGE / "aligner")
+"""Paths in the pages begin at one of these."""
 
 
 def _run(*command: str) -> None:
@@ -97,3 +105,20 @@ def test_nothing_is_patched_outside_compat():
         for line in _patches(path.read_text())
     ]
     assert not found, "assignments to other packages belong into nemo_warp.aligner.compat"
+
+
+_LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+_CODE_PATH = re.compile(r"`((?:[\w.-]+/)+[\w.-]+\.(?:py|yaml|sh|md|ipynb))(?:::(\w+))?`")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_pages_name_files_and_tests_that_exist(page):
+    text = page.read_text()
+    for target in _LINK.findall(text):
+        assert (page.parent / target).exists(), target
+    for name, test in _CODE_PATH.findall(text):
+        if name.startswith(("report/", "runs/", "front/", "iteration_")):  # of a run directory
+            continue
+        found = [file for base in BASES if (file := base / name).exists()]
+        assert found, name
+        assert not test or f"def {test}(" in found[0].read_text(), f"{name}::{test}"
