@@ -34,12 +34,15 @@ NO_ROOM = "DOES NOT FIT"
 _HALF, _FLOAT = 2, 4
 
 OPTIMIZERS = {
+    # apex keeps 2 bytes of remainders, which with the bf16 weight make the fp32 master (NeMo sets
+    # store_param_remainders, megatron_base_model.py l.833), and two fp32 moments.
     "distributed_fused_adam": (4, 10),  # 16 bits per weight that bf16 lacks, two moments
     "mcore_distributed_optim": (4, 12),  # masters, two moments
 }
 """Bytes per parameter under bf16 with O2: gradients (whole), optimizer (split over DP)."""
 _WHOLE_O2 = (4, 12)
 """Of an optimizer that is not sharded (adam): nothing is split over DP."""
+# Two fp32 moments of Adam, where the fp32 weights are themselves what the optimizer steps.
 _MOMENTS = 8
 
 
@@ -102,6 +105,8 @@ def member_footprint(sizes: Sizes, member: Mapping[str, Any]) -> Footprint:
     Args:
         member: every key of conf/member.yaml, plain.
     """
+    # The first stage holds most activations (1F1B) and the embedding, the last one the logits; a
+    # stage between holds no more than the first.
     stages = {0, member["model"]["pipeline_model_parallel_size"] - 1}
     found = [stage_footprint(sizes, member, stage) for stage in sorted(stages)]
     return max(found, key=lambda footprint: footprint.peak)
@@ -139,6 +144,7 @@ class _Rank:
         self.tensor = model["tensor_model_parallel_size"]
         self.pipeline = model["pipeline_model_parallel_size"]
         self.data = trainer["num_nodes"] * trainer["devices"] // (self.tensor * self.pipeline)
+        # Without O2 NeMo keeps fp32 parameters and autocasts, whatever trainer.precision says.
         self.half = model["megatron_amp_O2"] and str(trainer["precision"])[:2] in ("bf", "16")
         self.parameters = sizes.stage_parameters(self.tensor, self.pipeline, stage)
         self.dtype = _HALF if self.half else _FLOAT
@@ -154,6 +160,8 @@ class _Rank:
     def _longest_prompt(self) -> int:
         engine, limit = self.member["rollout"]["trt_llm"], self.member["prompts"]["max_tokens"]
         room = max(1, self.sizes.context - self.response)
+        # TensorRT-LLM's engine is built for a fixed input length, which no prompt may exceed;
+        # without one, prompts may fill what the response leaves of the context.
         taken = (engine["max_input_len"] or room) if engine["enable"] else room
         return min(taken, limit or taken)
 
@@ -166,6 +174,8 @@ class _Rank:
             "optimizer": optimizer,
         }
         if not algorithm["offload_anchor"]:
+            # fp32 slices over the data-parallel group, see ShardedWeights: 4/DP bytes per parameter
+            # each.
             held |= {"anchor": slice_bytes} if algorithm["anchor"] == "ema" else {}
             held |= {"SFT": slice_bytes}
         engine = self.member["rollout"]["trt_llm"]
@@ -188,12 +198,15 @@ class _Rank:
         return -(-self.parameters // self.data) * bytes_each
 
     def _engine_weights(self) -> int:
+        # With trt_llm.reshard the engine runs without pipeline stages: each rank then holds its
+        # tensor-parallel share of all layers.
         stages = self.pipeline if self.member["rollout"]["trt_llm"]["reshard"] else 1
         return self.parameters * _HALF * stages
 
     def generating(self) -> dict[str, int]:
         rollout, evaluation = self.member["rollout"], self.member["evaluation"]
         engine = rollout["trt_llm"]
+        # Evaluations happen between steps of the same process, so the larger of the two counts.
         rows = max(rollout["micro_batch_size"], evaluation["micro_batch_size"])
         if engine["enable"]:
             parts = {"engine": self._engine_weights()} if engine["unload_engine_train"] else {}
@@ -211,17 +224,23 @@ class _Rank:
         length = self.prompt + self.response
         engine = self.member["rollout"]["trt_llm"]
         stages = self.pipeline if engine["enable"] and engine["reshard"] else 1
+        # Keys and values of one layer are split over TP; rows are full length because NeMo
+        # allocates the cache for the longest sequence at once (InferenceParams).
         width = self.sizes.keys_values // self.tensor
         return rows * length * width * self.dtype * self.layers * stages
 
     def scoring(self) -> dict[str, int]:
         rows = self.member["rollout"]["forward_micro_batch_size"]
         parts = {
+            # While the reference is in place both it and the policy exist: a full gathered set, and
+            # this rank's slice cast to bf16 as the input of the all-gather
+            # (ShardedWeights._gather).
             "reference": self.parameters * self.dtype + (self._slice(_HALF) if self.half else 0),
             "activations": rows * (self.prompt + self.response) * self._working(),
         }
         if self.member["algorithm"]["anchor"] == "none":
             parts.pop("reference")  # but for evaluations, see SFT
+        # The exact KL needs the logits of policy and reference at the same time.
         return parts | self._logits(rows * (2 if self.member["evaluation"]["exact_kl"] else 1))
 
     def training(self) -> dict[str, int]:
@@ -232,6 +251,7 @@ class _Rank:
         each = self._saved()
         activations = tokens * each * self.layers * under_way
         if self._recomputes:
+            # One layer at a time is computed again with all that its backward pass needs.
             activations += tokens * self._saved(recomputes=False)
         return {"activations": activations} | self._logits(rows)
 
@@ -248,6 +268,7 @@ class _Rank:
         """Bytes per token of the layer that runs, where nothing is kept for a backward pass."""
         sizes, tensor = self.sizes, self.tensor
         wide = (sizes.up + sizes.ffn) // tensor
+        # Without a fused kernel the probabilities of all heads are a tensor of length x length.
         scores = 0 if sizes.fused_attention else sizes.heads // tensor * sizes.context
         return self.dtype * (3 * sizes.hidden + max(wide, scores))
 
@@ -278,4 +299,5 @@ def _line(name: str, parts: Mapping[str, int]) -> str:
 def _gb(number: float) -> str:
     """GB: one digit behind the point, more where there would be nothing else."""
     gigabytes = number / 1e9
+    # Tiny models would otherwise be listed as 0.0 GB throughout.
     return f"{gigabytes:.1f}" if gigabytes >= 0.1 or not number else f"{gigabytes:.2g}"

@@ -36,9 +36,14 @@ class OppositeTaskVectorsError(ValueError):
 
 def angle(gram: np.ndarray) -> float | None:
     """Angle in radians between two vectors from their [2, 2] Gram matrix; None if one is zero."""
+    # Roots first: the product of two squared norms would underflow for task vectors that are tiny
+    # but not zero, and such a pair would be taken for one without directions.
     norm_product = math.sqrt(gram[0, 0]) * math.sqrt(gram[1, 1])
     if norm_product == 0.0:
         return None
+    # Rounding can put the cosine of parallel vectors at 1 + 2e-16, of which acos makes a
+    # ValueError. float64 matters here: near 1 an error e in the cosine is one of sqrt(2e) in the
+    # angle, 3e-4 rad for float32 and 1e-8 rad for float64.
     return math.acos(max(-1.0, min(1.0, gram[0, 1] / norm_product)))
 
 
@@ -89,13 +94,20 @@ def slerpm_coefficients(gram: np.ndarray, weight: Weight = None) -> np.ndarray:
         OppositeTaskVectorsError: see `slerp_coefficients`.
     """
     shares = None if weight is None else policy_shares(len(gram), weight)
+    # The order matters: on synthetic task vectors with correlation 0.36 results of two orders
+    # differ by up to 4 % for M = 3 and 7 % for M = 5. So it is the caller's, and is recorded by the
+    # merger.
     merged = np.zeros(len(gram))
     merged[0] = 1.0
     for m in range(1, len(gram)):
         pair = np.stack([merged, np.eye(len(gram))[m]])
         step = 1.0 / (m + 1)
+        # All shares so far may be 0, which would be 0/0; any step will do then, since the first
+        # policy with a share comes in with lambda = 1 and removes what was merged before it.
         if shares is not None and shares[: m + 1].sum() > 0.0:
             step = shares[m] / shares[: m + 1].sum()
+        # Rows of `pair` are coefficient vectors, so this is the Gram matrix of (merged so far,
+        # next).
         keep, add = slerp_coefficients(pair @ gram @ pair.T, step)
         merged = keep * pair[0] + add * pair[1]
     return merged
@@ -119,9 +131,11 @@ def karcher_coefficients(gram: np.ndarray, weight: Weight = None) -> np.ndarray:
     """
     shares = policy_shares(len(gram), weight)
     norms = np.sqrt(np.diag(gram))
+    # Policies without a direction or without a share pull nowhere; they must not be divided by 0.
     (found,) = np.nonzero(norms * shares)
     if len(found) < 2:
         return shares
+    # Cosines: the Gram matrix of the unit vectors.
     unit = gram[np.ix_(found, found)] / np.outer(norms[found], norms[found])
     if math.degrees(math.acos(max(-1.0, unit.min()))) > OPPOSITE_DEGREES:
         raise OppositeTaskVectorsError(
@@ -140,13 +154,16 @@ def _mean_direction(unit: np.ndarray, shares: np.ndarray) -> np.ndarray:
     for _ in range(MAX_KARCHER_STEPS):
         cosines = np.clip(unit @ mean, -1.0, 1.0)
         angles = np.arccos(cosines)
+        # angle/sin(angle) tends to 1; at 0 it would be 0/0.
         far = angles > PARALLEL_RADIANS
         pull = shares * np.divide(angles, np.sin(angles), out=np.ones_like(angles), where=far)
         step = pull - (pull @ cosines) * mean
+        # At the solution the squared length is a rounding error, which may be negative.
         length = math.sqrt(max(0.0, step @ unit @ step))
         if length < KARCHER_RADIANS:
             return mean
         mean = math.cos(length) * mean + math.sin(length) / length * step
+        # Keep it on the sphere: the errors of up to a thousand steps would add up.
         mean /= math.sqrt(mean @ unit @ mean)
     raise ValueError("the task vectors' directions surround their mean; use slerp or lerp")
 
@@ -201,6 +218,8 @@ def merge_coefficients(method: str, gram: np.ndarray, weight: Weight = None) -> 
         policies = lerp_coefficients(len(gram) - 1, weight)
     elif method == "slerp-full":
         policies = slerpm_coefficients(full_weight_gram(gram), weight)
+        # Full weights are combined, not task vectors: theta_init enters only through the policies,
+        # and the coefficients need not add up to 1.
         return np.concatenate([[0.0], policies])
     else:
         raise ValueError(
@@ -217,6 +236,7 @@ def liti_coefficients(merged: np.ndarray, eta: float, towards: int = 0) -> np.nd
         eta: 1 returns ``merged``, 0 the anchor; values above 1 extrapolate.
         towards: index of the input to interpolate towards; 0 is theta_init.
     """
+    # Makes a new array: the caller uses `merged` again for the next eta.
     result = eta * merged
     result[towards] += 1.0 - eta
     return result

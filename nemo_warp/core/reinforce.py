@@ -39,6 +39,8 @@ def response_mask(prompt_lengths: Tensor, lengths: Tensor, num_positions: int) -
         lengths: int64 [B], prompt plus response, the ending token included.
         num_positions: S-1; position j holds the log-probability of token j+1.
     """
+    # The same positions as upstream's create_mask (NeMo-Aligner 0.7, utils/ppo_utils.py l.85),
+    # without its loop over samples.
     position = torch.arange(num_positions, device=lengths.device)[None, :]
     inside = (position >= prompt_lengths[:, None] - 1) & (position < lengths[:, None] - 1)
     return inside.float()
@@ -51,6 +53,7 @@ def sequence_kl(
 
     ``log_ratio`` with ``sum`` is the paper's log(pi(y|x) / pi_anchor(y|x)) (Algorithm 1, line 7).
     """
+    # The difference of two bf16 log-probabilities near -10 is good to 0.06 nats only: fp32 first.
     per_token = KL_ESTIMATORS[estimator](log_probs.float() - anchor_log_probs.float())
     return over_response(per_token, mask, reduction)
 
@@ -59,6 +62,8 @@ def over_response(per_token: Tensor, mask: Tensor, reduction: str) -> Tensor:
     """Sum or mean over each response's tokens, float32 [B], of [B, S-1]."""
     # where, not *: an infinite ratio outside the response must not become NaN.
     total = torch.where(mask > 0, per_token, 0.0).sum(-1)
+    # Upstream takes the mean (algorithms/reinforce.py l.219), which makes beta about 1/|y| of the
+    # paper's. clamp: an empty response has KL 0, not NaN.
     return total if reduction == "sum" else total / mask.sum(-1).clamp(min=1)
 
 
@@ -88,6 +93,7 @@ def top_k_kl(
     Returns:
         float32 [B, S-1], in nats.
     """
+    # A sampled token that is among the K is in the sum already and would count twice.
     within = (top_tokens == tokens[..., None]).any(-1)
     # where: a token that the policy has unlearned has pi = 0 and a ratio that may be -inf.
     summed = torch.where(top.exp() > 0, top.exp() * (top - top_anchor), 0.0).sum(-1)
@@ -125,10 +131,16 @@ def compute_advantages(rewards: Tensor, groups: Tensor, valid: Tensor, baseline:
     if baseline == "none":
         return Advantages(rewards, valid)
     if baseline == "batch_mean":
+        # One group of all samples: the code below then leaves out one of the batch.
         groups = torch.zeros_like(groups)
+    # By the prompt's number in the global batch. Upstream compares prompt tokens inside the local
+    # batch (calculate_rloo_baseline, ppo_utils.py l.117): split over DP ranks, a sample that lost
+    # its siblings gets baseline = reward, a zero gradient that nothing reports (l.135).
     others = (groups[:, None] == groups[None, :]) & valid[None, :]
     others = others & ~torch.eye(len(groups), dtype=torch.bool, device=groups.device)
     count = others.sum(-1)
+    # Divided by the number of OTHER valid samples. Upstream divides by count - 1 for excluded
+    # samples, too, which are not in the count (ppo_utils.py l.139).
     used = valid & (count > 0)
     # float64: the sum runs over the whole batch for batch_mean.
     mean = (others.double() @ rewards.double()) / count.clamp(min=1)
@@ -144,8 +156,12 @@ def token_weights(advantages: Advantages, mask: Tensor, reduction: str) -> Tenso
     Samples that are not used weigh 0; they still count in B, so that a failed reward never makes
     the other samples' steps larger.
     """
+    # Weights and not a loss, so that micro batches only have to add up. Upstream takes the mean
+    # over each micro batch's tokens (megatron_gpt_reinforce_actor.py l.138): the gradient then
+    # depends on the micro batch size. It also multiplies [b, S-1] by [b] (l.135).
     weights = advantages.values[:, None] * mask
     if reduction == "token_mean":
+        # The divisor is the global batch's, for the same reason.
         return weights / mask[advantages.used].sum().clamp(min=1)
     if reduction == "sequence_mean":
         weights = weights / mask.sum(-1, keepdim=True).clamp(min=1)

@@ -14,12 +14,17 @@ import torch
 
 def derive_seed(*parts: int | str) -> int:
     """A 63-bit seed from the parts; changing any part gives an unrelated seed."""
+    # Not hash(): Python salts it anew in every process, so ranks would disagree.
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    # 63 bits: it has to fit a signed 64-bit integer (torch tensors, TensorRT-LLM, JSON readers).
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def epoch_order(seed: int, epoch: int, num_prompts: int) -> list[int]:
     """The permutation of ``range(num_prompts)`` that one epoch reads."""
+    # A generator of its own, on the CPU: torch's global one is moved on by sampling, and CUDA's
+    # gives another permutation for the same seed. NeMo-Aligner has one model.seed (1234) for all
+    # runs, so that members with its defaults read the same prompts in the same order.
     generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
     return torch.randperm(num_prompts, generator=generator).tolist()
 
@@ -43,5 +48,6 @@ def order_hash(prompts: Sequence[str], seed: int) -> str:
     """SHA-256 (hex) of the prompts in the order of epoch 0: two members must not share it."""
     digest = hashlib.sha256()
     for index in epoch_order(seed, 0, len(prompts)):
+        # The zero byte keeps ["ab", "c"] from equalling ["a", "bc"].
         digest.update(prompts[index].encode() + b"\0")
     return digest.hexdigest()

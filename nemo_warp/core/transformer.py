@@ -60,9 +60,12 @@ class Sizes:
         Raises:
             ValueError: the model is none whose sizes are known here (experts).
         """
+        # Refused and not approximated: each rank would hold other experts, and how many tokens an
+        # expert gets (its activations) is not known before a run.
         if config.get("num_moe_experts"):
             raise ValueError("a model with experts, whose memory is not estimated")
         heads, activation = config["num_attention_heads"], config.get("activation", "gelu")
+        # The defaults below are NeMo's own (megatron_gpt_model.py l.501-556).
         learned = config.get("position_embedding_type", "learned_absolute") == "learned_absolute"
         return cls(
             layers=config["num_layers"],
@@ -99,15 +102,19 @@ class Sizes:
 
     def padded_vocabulary(self, tensor: int) -> int:
         """Rows of embedding and output layer over all TP ranks."""
+        # As NeMo pads (megatron_base_model.py l.616-628): the padded size depends on TP.
         multiple = self.divisible_by * tensor
         return -(-self.vocabulary // multiple) * multiple
 
     def layer_parameters(self, tensor: int = 1) -> int:
         """Parameters of a layer on one of ``tensor`` ranks; norms and some biases are on each."""
         qkv = self.attention + self.keys_values
+        # QKV and output projection; up-projection (both halves where gated) and down-projection.
         split = self.hidden * (qkv + self.attention + self.up + self.ffn)
         whole = 2 * self.norm_weights * self.hidden
         if self.bias:
+            # Column-parallel layers split their bias; row-parallel ones add a whole one after the
+            # sum.
             split += qkv + self.up
             whole += 2 * self.hidden
         return split // tensor + whole
@@ -121,6 +128,9 @@ class Sizes:
             found += (rows + self.learned_positions) * self.hidden
         if last:
             found += self.norm_weights * self.hidden
+            # With pipeline stages a tied embedding has a second copy on the last one
+            # (Megatron-core's language_module.py), which is kept equal by an all-reduce of its
+            # gradients.
             found += 0 if self.tied and first else rows * self.hidden
         return found
 
@@ -137,6 +147,7 @@ class Sizes:
         usual for model FLOPs (PaLM, arXiv 2204.02311, appendix B). Training takes three times as
         many: recomputation is not counted.
         """
+        # True vocabulary rows: the padding does no useful work.
         matrices = self.layers * self.layer_parameters() + self.vocabulary * self.hidden
         return tokens * (2 * matrices + 4 * self.layers * self.attention * length)
 

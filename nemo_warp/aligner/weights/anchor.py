@@ -34,13 +34,19 @@ class EmaAnchor:
             raise ValueError(f"ema_update_rate is {update_rate}, expected 0 to 1")
         self.weights = weights
         self.update_rate = update_rate
+        # The probe compares with the start of this process, not of the run: the start of the run is
+        # nowhere in memory after a resume.
         self._reset_probe()
 
     def update_(self) -> None:
         """One EMA step towards the policy's present weights; call once per optimizer step."""
+        # mu = 0 is skipped, not multiplied: a static anchor has to stay the same bit for bit.
         if self.update_rate > 0.0:
             self.weights.lerp_model_(self.update_rate)
         self._updates += 1
+        # 1/mu updates are the EMA's time constant: by then it must have followed visibly. Measured
+        # in a simulation of bf16 at mu = 0.01: an fp32 anchor travels 95 % of the way in 300 steps,
+        # a bf16 one hardly moves, and the logs of the KL look healthy in both cases.
         if self.update_rate > 0.0 and self._updates == math.ceil(1 / self.update_rate):
             self._check_moving()
 
@@ -60,6 +66,8 @@ class EmaAnchor:
         self._start = self._probe(self.weights)
 
     def _probe(self, weights: ShardedWeights) -> torch.Tensor:
+        # Enough weights to tell 0.37 from 0.02, and a copy that costs 256 kB instead of a second
+        # model.
         stride = max(1, weights.shard.numel() // _PROBE_ELEMENTS)
         return weights.shard[::stride].clone()
 
@@ -72,7 +80,10 @@ class EmaAnchor:
                 (self._probe(self.weights) - self._start).double().square().sum(),
                 (self._probe(policy) - self._start).double().square().sum(),
             ]
+            # NCCL reduces device tensors only, and an offloaded slice is on the host.
         ).to(torch.cuda.current_device())
+        # Over all ranks, so that every rank comes to the same verdict (it is in
+        # the metrics).
         torch.distributed.all_reduce(distances)
         moved, travelled = distances.sqrt().tolist()
         self.flat = moved <= _FLAT_SHARE * travelled

@@ -18,6 +18,7 @@ def damage_of(path: Path) -> str | None:
         found = None
     except CheckpointError as error:
         found = str(error)
+    # Every rank hears of it: one that raised alone would leave the others in their next collective.
     everyone: list[str | None] = [None] * world_size
     torch.distributed.all_gather_object(everyone, found)
     return next((damage for damage in everyone if damage is not None), None)
@@ -29,6 +30,7 @@ def refuse_damaged(*paths: str) -> None:
     Raises:
         ValueError: on every rank; names the file and the tensor.
     """
+    # init and sft are one file in a first iteration: it is read once.
     for path in dict.fromkeys(paths):
         damage = damage_of(Path(path))
         if damage is not None:

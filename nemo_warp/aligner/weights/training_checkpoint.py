@@ -31,6 +31,8 @@ from nemo_warp.records import RecordError, fsync_directory, write_json_atomicall
 STATE_FILE = "trainer_state.json"
 _UNREADABLE = (
     CheckpointingException,  # Megatron's
+    # KeyError and RuntimeError come from Megatron's and torch's planners, for a missing tensor and
+    # for one of another shape; OSError and EOFError from files that are gone or cut short.
     CheckpointException,  # torch's, which is no Exception
     KeyError,
     OSError,
@@ -46,6 +48,7 @@ def completed_checkpoints(directory: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     if not directory.is_dir():
         return []
+    # Names with a leading dot, ".step_00000040.writing", do not match: they were not finished.
     return sorted(path for path in directory.iterdir() if _NAME.fullmatch(path.name))
 
 
@@ -81,12 +84,14 @@ def save(
 
     One that is already there is complete, and of the same step of the same run: it stays.
     """
+    # Saving is asked for twice at one step when an interval's save and a stop coincide.
     final = directory / checkpoint_name(state["step"])
     if final.exists():
         return final
     temporary = directory / f".{final.name}.writing"
     if torch.distributed.get_rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
+        # Emptied first: Megatron-core 0.11 refuses to save into a folder that has files.
         temporary.mkdir(parents=True)
     torch.distributed.barrier()
     with telling_full_disks(directory):
@@ -95,8 +100,11 @@ def save(
     torch.distributed.barrier()
     if torch.distributed.get_rank() == 0:
         with telling_full_disks(directory):
+            # After Megatron's files and before the rename: a directory under its final name has
+            # both.
             write_json_atomically(temporary / STATE_FILE, state)
             publish_directory(temporary, final)
+        # Only after the new one was published: at every moment there is one to resume from.
         for old in completed_checkpoints(directory)[:-keep]:
             _remove(old)
     torch.distributed.barrier()
@@ -124,6 +132,8 @@ def telling_full_disks(directory: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        # Looked at after the failure, when what the writer freed in its clean-up counts as well; so
+        # a little room is still called full.
         free = shutil.disk_usage(directory).free
         if _is_full(error) or free < _FULL_BYTES:
             raise RecordError(
@@ -137,6 +147,7 @@ def _is_full(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
+        # Megatron's writer processes and torch wrap the OSError in errors of their own.
         error = error.__cause__ or error.__context__
     return False
 
@@ -144,9 +155,12 @@ def _is_full(error: BaseException | None) -> bool:
 def publish_directory(temporary: Path, final: Path) -> None:
     """Make all files of ``temporary`` durable and give it its final name."""
     for path in temporary.rglob("*"):
+        # torch_dist files were written by other processes; fsync flushes the file, whoever wrote
+        # it.
         if path.is_file():
             with path.open("rb") as stream:
                 os.fsync(stream.fileno())
+    # The directory's own entry becomes durable only with the fsync of its parent below.
     temporary.rename(final)
     fsync_directory(final.parent)
 
