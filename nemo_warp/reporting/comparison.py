@@ -3,24 +3,41 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nemo_warp.evidence.responses import DIRECTORY, Responses, read_responses
 from nemo_warp.records import write_json_atomically, write_text_atomically
 from nemo_warp.reporting import fronts, side_by_side
+from nemo_warp.reporting.asked import endpoint_files, llm_judge, verdicts, with_scores
 
 
-def compare(
-    words: Sequence[str], judges: Sequence[str] | None, tie: float, output: Path | None
-) -> str:
+@dataclass(frozen=True)
+class Judges:
+    """By what two policies are compared.
+
+    Attributes:
+        names: of rewards and judges in the files, or endpoint files of servers that are asked now;
+            none: all that both files have.
+        tie: scores that differ by no more are equal, in the reward's units.
+        llm: model -> options of language models that see both responses.
+        concurrency: questions at a time to each of these.
+    """
+
+    names: Sequence[str] = ()
+    tie: float = 0.0
+    llm: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    concurrency: int = 16
+
+
+def compare(words: Sequence[str], judges: Judges, output: Path | None) -> str:
     """Compare what ``words`` name: two points, or groups of runs.
 
     Args:
         words: as on the command line.
-        judges: names of the rewards to compare by; None or empty: all that both have.
-        tie: scores that differ by no more are equal, in the reward's units.
+        judges: of two points; runs are compared by their rewards.
         output: directory for compare.md, compare.json and, for runs, fronts.png.
 
     Returns:
@@ -34,7 +51,7 @@ def compare(
     if len(chosen) == len(points):
         if len(points) != 2:
             raise ValueError(f"{len(points)} points given, but two can be put side by side")
-        text, values = _two_policies(chosen, judges, tie)
+        text, values = _two_policies(chosen, judges)
     elif chosen:
         raise ValueError("points (files, RUN@KAPPA) and runs cannot be compared with each other")
     else:
@@ -59,11 +76,16 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _two_policies(
-    points: Sequence[Path], judges: Sequence[str] | None, tie: float
-) -> tuple[str, dict]:
+def _two_policies(points: Sequence[Path], judges: Judges) -> tuple[str, dict]:
+    asked = [(model, llm_judge(model, options)) for model, options in judges.llm.items()]
     first, second = (read_responses(path) for path in points)
-    return side_by_side.compare(first, second, judges_of(first, second, judges), tie)
+    files, names = endpoint_files(judges.names)
+    for file in files:
+        first, second = with_scores(first, file), with_scores(second, file)
+        names.append(f"judge:{file.stem.removeprefix('endpoint_')}")
+    found = [verdicts(first, second, *one, judges.concurrency) for one in asked]
+    chosen = judges_of(first, second, names) if names or not found else []
+    return side_by_side.compare(first, second, chosen, judges.tie, found)
 
 
 def judges_of(first: Responses, second: Responses, wanted: Sequence[str] | None) -> list[str]:
