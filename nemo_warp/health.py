@@ -18,8 +18,8 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-SETUP = "make setup"
-CONTAINER = "run in the NeMo 25.02 container"
+from nemo_warp import surroundings
+
 _GIB = 1 << 30
 _FREE_DISK_GIB = 10
 _IMPORT_TIMEOUT_S = 300
@@ -28,6 +28,9 @@ TESTED = {
     "torch": ("2.13.0",),
     "numpy": ("1.26.4",),
     "omegaconf": ("2.3.0",),
+    "PyYAML": ("6.0.3",),
+    "numba": ("0.61.0",),
+    "isal": ("1.9.1",),
     "tqdm": ("4.70.1",),
     "matplotlib": ("3.11.2", "3.10.9"),
     "nemo-toolkit": ("2.2.1",),
@@ -43,8 +46,8 @@ TESTED = {
 }
 """Distribution -> versions in ``constraints/cpu.txt`` (a test keeps the two equal)."""
 
-_CORE = ("omegaconf",)
-_MERGE = (*_CORE, "torch", "numpy", "tqdm", "matplotlib")
+_CORE = ("omegaconf", "PyYAML")
+_MERGE = (*_CORE, "torch", "numpy", "numba", "tqdm", "matplotlib")
 _TRAIN = (
     *_MERGE,
     *("nemo-toolkit", "nemo-aligner", "megatron-core", "lightning", "transformers"),
@@ -52,6 +55,17 @@ _TRAIN = (
 )
 REQUIRED = {"slurm": _CORE, "merge": _MERGE, "train": _TRAIN}
 """Profile -> the distributions it cannot do without."""
+
+OPTIONAL = {
+    "slurm": {},
+    "merge": {"isal": "zlib's CRC-32, 10 to 20 times slower"},
+    "train": {
+        "isal": "zlib's CRC-32, 10 to 20 times slower",
+        "vaderSentiment": "no reward vader_compound (recipes/tiny)",
+        "textblob": "no judge by textblob (recipes/tiny)",
+    },
+}
+"""Profile -> the distributions it can do without, and what there is without them."""
 
 STAND_INS = {
     "apex": "plain torch in NeMo's way of a Megatron-core GPT",
@@ -61,6 +75,9 @@ STAND_INS = {
 """Import name of an NVIDIA package -> what `nemo_warp.aligner.compat` uses in its place."""
 
 _SLURM_COMMANDS = ("sbatch", "squeue", "scontrol", "sacct", "srun")
+
+
+_TORCH = f"torch=={TESTED['torch'][0]}"
 
 
 class Status(enum.Enum):
@@ -86,13 +103,14 @@ class Check:
 
 def checks_of_packages(profile: str) -> Iterator[Check]:
     """Python itself, the required and optional packages, the NVIDIA packages stood in for."""
+    yield Check("place", Status.OK, surroundings.where())
     yield _python()
     required = REQUIRED[profile]
     for name in required:
-        yield _package(name, required=True)
+        yield _package(name)
+    for name, without in OPTIONAL[profile].items():
+        yield _package(name, without)
     if profile == "train":
-        for name in ("vaderSentiment", "textblob"):
-            yield _package(name, required=False)
         for name, instead in STAND_INS.items():
             yield _nvidia_package(name, instead)
     if "torch" in required:
@@ -117,26 +135,30 @@ def _python() -> Check:
     found = f"{platform.python_version()} ({sys.executable})"
     if (3, 10) <= sys.version_info[:2] <= (3, 12):
         return Check("python", Status.OK, found, "3.10-3.12")
-    advice = "install Python 3.11, then: PYTHON=python3.11 make setup"
-    return Check("python", Status.MISSING, found, "3.10-3.12", advice)
+    return Check("python", Status.MISSING, found, "3.10-3.12", surroundings.get_python())
 
 
-def _package(name: str, required: bool) -> Check:
+def _package(name: str, without: str | None = None) -> Check:
+    """A distribution; ``without`` is what there is in the place of one that is optional."""
+    requirement = f"{name}=={TESTED[name][0]}"
     tested = " or ".join(TESTED[name])
     try:
         found = version(name)
     except PackageNotFoundError:
-        status = Status.MISSING if required else Status.OPTIONAL
-        return Check(name, status, "not installed", tested, f"{SETUP}   (or {CONTAINER})")
+        status = Status.MISSING if without is None else Status.OPTIONAL
+        found = "not installed" + (f": {without}" if without else "")
+        return Check(name, status, found, tested, surroundings.install(requirement))
     same = found.partition("+")[0] in TESTED[name]
-    advice = "" if same else f"fine if it works; the tested set is installed by: {SETUP}"
+    advice = "" if same else surroundings.other_version(requirement)
     return Check(name, Status.OK if same else Status.DIFFERS, found, tested, advice)
 
 
 def _nvidia_package(name: str, instead: str) -> Check:
     if _is_importable(name):
         return Check(name, Status.OK, _version_of_module(name))
-    advice = f"for the real one: {CONTAINER}"
+    advice = f"for the real one: {surroundings.CONTAINER}"
+    if surroundings.in_container():
+        advice = "this image has none; nvcr.io/nvidia/nemo:25.02 has"
     return Check(name, Status.STOOD_IN, f"absent; instead: {instead}", advice=advice)
 
 
@@ -158,7 +180,8 @@ def _torch_imports() -> Check:
     """Whether torch can be imported: PyPI's build fails without the CUDA libraries beside it."""
     program = "import torch; print(torch.__version__, torch.cuda.is_available())"
     if not _is_importable("torch"):
-        return Check("import torch", Status.MISSING, "not installed", advice=SETUP)
+        advice = surroundings.install(_TORCH)
+        return Check("import torch", Status.MISSING, "not installed", advice=advice)
     result = _run([sys.executable, "-c", program])
     if result.returncode == 0:
         number, cuda = result.stdout.split()
@@ -166,7 +189,8 @@ def _torch_imports() -> Check:
             "import torch", Status.OK, f"{number}, CUDA {'' if cuda == 'True' else 'not '}usable"
         )
     reason = (result.stderr.strip().splitlines() or ["no output"])[-1]
-    return Check("import torch", Status.MISSING, reason, advice=f"rm -rf .venv && {SETUP}")
+    advice = surroundings.install_anew(_TORCH)
+    return Check("import torch", Status.MISSING, reason, advice=advice)
 
 
 def imports_nemo() -> Check:
@@ -181,7 +205,8 @@ def imports_nemo() -> Check:
         lines = [line for line in result.stdout.splitlines() if "replaced" in line]
         return Check("import NeMo", Status.OK, lines[-1] if lines else "nothing replaced")
     reason = (result.stderr.strip().splitlines() or ["no output"])[-1]
-    return Check("import NeMo", Status.MISSING, reason, advice=f"rm -rf .venv && {SETUP}")
+    advice = surroundings.install_anew("nemo-warp[train]")
+    return Check("import NeMo", Status.MISSING, reason, advice=advice)
 
 
 # ------------------------------------------------------------------------------------- machine
@@ -205,7 +230,8 @@ def _libpython() -> Check:
     found = str(inside) if inside.exists() else ctypes.util.find_library(short)
     if found:
         return Check("libpython", Status.OK, found)
-    advice = f"apt-get install lib{short}   (or a Python built with --enable-shared)"
+    advice = surroundings.install_in_system(f"lib{short}")
+    advice += "   (or a Python built with --enable-shared, as uv's are)"
     return Check("libpython", Status.MISSING, f"lib{short}.so not found", advice=advice)
 
 
@@ -215,7 +241,9 @@ def _host_name() -> Check:
     try:
         socket.getaddrinfo(name, None)
     except OSError:
-        advice = f"echo '127.0.1.1 {name}' >> /etc/hosts   (or export GLOO_SOCKET_IFNAME=lo)"
+        advice = "export GLOO_SOCKET_IFNAME=lo NCCL_SOCKET_IFNAME=lo   (one machine)"
+        if os.geteuid() == 0:
+            advice = f"echo '127.0.1.1 {name}' >> /etc/hosts   (or export GLOO_SOCKET_IFNAME=lo)"
         return Check("host name", Status.DIFFERS, f"{name} does not resolve", "resolves", advice)
     return Check("host name", Status.OK, name)
 
@@ -226,7 +254,11 @@ def _slurm(required: bool) -> Check:
         result = _run(["sbatch", "--version"])
         return Check("Slurm", Status.OK, result.stdout.strip() or "installed")
     status = Status.MISSING if required else Status.OPTIONAL
-    advice = "use a login node of the cluster, or: apt-get install slurm-client"
+    advice = (
+        f"use a login node of the cluster, or: {surroundings.install_in_system('slurm-client')}"
+    )
+    if surroundings.in_container():
+        advice = "images have no Slurm: run the driver outside, on a login node"
     return Check("Slurm", status, f"no {', '.join(missing)}", advice=advice)
 
 

@@ -4,14 +4,15 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
 
-from nemo_warp import exit_codes, health
+from nemo_warp import exit_codes, health, surroundings
 from nemo_warp.cli import COMMANDS, main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -122,3 +123,76 @@ def test_help_of_make_lists_its_targets():
     )
     for target in ("setup", "doctor", "demo", "test", "lint", "clean"):
         assert f"make {target} " in result.stdout
+
+
+class Place:
+    """Where the doctor believes to be."""
+
+    def __init__(self, container: bool, checkout: bool, root: bool) -> None:
+        self.container, self.checkout, self.root = container, checkout, root
+
+    def take(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(surroundings, "in_container", lambda: self.container)
+        monkeypatch.setattr(surroundings, "has_checkout", lambda: self.checkout)
+        monkeypatch.setattr(os, "geteuid", lambda: 0 if self.root else 1000)
+
+
+CONTAINER, CHECKOUT = Place(True, False, True), Place(False, True, False)
+WHEEL = Place(False, False, False)
+
+
+@pytest.mark.parametrize(
+    ("place", "install", "broken", "system"),
+    [
+        (CONTAINER, "python -m pip install --no-deps numba==0.61.0", "container's own Python",
+         "apt-get install libpython"),
+        (CHECKOUT, "make setup   (or run in", "rm -rf .venv && make setup",
+         "sudo apt-get install libpython"),
+        (WHEEL, "python -m pip install numba==0.61.0", "--force-reinstall torch==",
+         "sudo apt-get install libpython"),
+    ],
+    ids=["container", "checkout", "wheel"],
+)  # fmt: skip
+def test_advice_is_what_works_there(place, install, broken, system, monkeypatch, capsys):
+    place.take(monkeypatch)
+    monkeypatch.setattr(health, "version", _without("numba", "isal"))
+    monkeypatch.setattr(health, "_run", lambda _: subprocess.CompletedProcess([], 1, "", "no"))
+    monkeypatch.setattr(health.ctypes.util, "find_library", lambda _: None)
+    monkeypatch.setattr(health.sysconfig, "get_config_var", lambda _: "/nowhere")
+    monkeypatch.setattr(Path, "exists", lambda path: str(path) == "/usr/bin/apt-get")
+    code, _, checks = _doctor(capsys, "--profile", "train")
+    assert code == exit_codes.FAILED
+    assert checks["numba"]["status"] == "missing"
+    assert checks["numba"]["advice"].startswith(install)
+    assert (checks["isal"]["status"], "zlib" in checks["isal"]["found"]) == ("optional", True)
+    assert broken in checks["import torch"]["advice"]
+    assert checks["libpython"]["advice"].startswith(system)
+    assert ("NeMo's container" in checks["place"]["found"]) == place.container
+    assert checks["PyYAML"]["status"] in ("ok", "differs")
+    told = "\n".join(check["advice"] for check in checks.values())
+    assert ("make setup" in told) == place.checkout
+    assert ("run in the NeMo" in told) == (not place.container)
+
+
+def test_a_python_that_debian_has_not(monkeypatch):
+    """Debian 13 comes with 3.13 only; uv gets another one without root."""
+    CHECKOUT.take(monkeypatch)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    advice = surroundings.get_python()
+    assert (
+        "uv python install 3.11 && PYTHON=$(~/.local/bin/uv python find 3.11) make setup" in advice
+    )
+    assert "apt-get" not in advice
+    monkeypatch.setattr(
+        shutil, "which", lambda name: "/usr/bin/python3.12" if "12" in name else None
+    )
+    assert surroundings.get_python() == "PYTHON=/usr/bin/python3.12 make setup"
+
+
+def _without(*absent):
+    def found(name):
+        if name in absent:
+            raise PackageNotFoundError(name)
+        return version(name)
+
+    return found
