@@ -57,6 +57,7 @@ def activate() -> CompatReport:
     global _report
     if _report is None:
         _report = _replace_what_is_needed()
+        # From the environment: torch.distributed is not initialised yet when this runs.
         if int(os.environ.get("RANK", "0")) == 0:
             for line in _report.summary():
                 logger.warning(line)
@@ -65,6 +66,7 @@ def activate() -> CompatReport:
 
 def _replace_what_is_needed() -> CompatReport:
     _require_installed()
+    # Not at the top: `--help` and `plan` import the package and must not pay for torch (1 to 2 s).
     import torch
 
     from nemo_warp.aligner.compat import cuda_on_cpu, stand_ins
@@ -74,6 +76,9 @@ def _replace_what_is_needed() -> CompatReport:
     stood_in, on_cpu = Replacements(), Replacements()
     if missing or without_gpu:
         _require_nemo_not_imported()
+    # Order matters: what NeMo reads while it is imported comes first; replacing in NeMo imports it,
+    # and with it torch functions that cuda_on_cpu must have wrapped by then ("from torch import
+    # empty" keeps the old one).
     stand_ins.replace_before_nemo(stood_in, missing)
     if without_gpu:
         cuda_on_cpu.replace_before_nemo(on_cpu)
@@ -84,6 +89,7 @@ def _replace_what_is_needed() -> CompatReport:
 
 def _require_installed() -> None:
     packages = {"nemo": "nemo-toolkit", "nemo_aligner": "nemo-aligner", "megatron": "megatron-core"}
+    # find_spec finds a package without importing it, which for NeMo takes 12 s.
     absent = [package for name, package in packages.items() if find_spec(name) is None]
     if absent:
         raise ModuleNotFoundError(
@@ -93,6 +99,7 @@ def _require_installed() -> None:
 
 
 def _require_nemo_not_imported() -> None:
+    # Submodules, because the bare packages are imported by their own namespace and plugins.
     early = [
         name for name in ("megatron.core", "nemo.core", "nemo_aligner.utils") if name in sys.modules
     ]

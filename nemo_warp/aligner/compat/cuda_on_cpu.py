@@ -51,15 +51,18 @@ def replace_in_nemo(replacements: Replacements) -> None:
     from megatron.core.tensor_parallel import random
     from nemo.core.classes import ModelPT
 
+    # Lightning asks only this to choose between "cuda" and "cpu", and with it NCCL or gloo.
     unavailable = staticmethod(lambda: False)
     replacements.set(
         CUDAAccelerator, "is_available", unavailable, "accelerator=auto is the CPU, with gloo"
     )
+    # Both define cuda() themselves, so that Module's replacement below does not reach them.
     for module_class in (_DeviceDtypeModuleMixin, ModelPT):
         replacements.set(module_class, "cuda", _unmoved, "the CPU")
     replacements.set(random, "_set_cuda_rng_state", _set_random_state, "the CPU's generator")
     replacements.set(
         filesystem_async,
+        # Megatron-core 0.11, dist_checkpointing/strategies/filesystem_async.py.
         "_get_write_results_queue",
         _Results,
         "a file: no fresh interpreter is needed to save a checkpoint",
@@ -85,13 +88,16 @@ def _unmoved(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _replace_device_calls(replacements: Replacements) -> None:
+    # A torch.device instead of an index: Megatron and NeMo only pass it on as `device=`.
     replacements.set(torch.cuda, "current_device", lambda: CPU, "the CPU")
     replacements.set(torch.cuda, "device_count", lambda: 1, "1, or NeMo would not seed")
     replacements.set(torch.cuda, "mem_get_info", _memory_in_bytes, "the machine's memory")
+    # On a CPU these would raise "no NVIDIA driver".
     for name in ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats"):
         replacements.set(torch.cuda, name, _nothing, "nothing")
     for name in ("range_push", "range_pop"):
         replacements.set(torch.cuda.nvtx, name, _nothing, "nothing")
+    # NeMo makes tensors as torch.cuda.LongTensor([...]); BFloat16 it only names, see _type_on_cuda.
     for name in _TENSOR_TYPES:
         kind = f"{name}Tensor"
         replacements.set(torch.cuda, kind, getattr(torch, kind), f"torch.{kind}")
@@ -115,6 +121,7 @@ def _set_random_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
 def _replace_random_state(replacements: Replacements) -> None:
     # not torch.manual_seed, which calls back into torch.cuda
     seed = torch.default_generator.manual_seed
+    # torch.cuda has imported the functions from torch.cuda.random: two names each, both are used.
     for module in (torch.cuda, torch.cuda.random):
         replacements.set(module, "get_rng_state", _get_random_state, "the CPU's generator")
         replacements.set(module, "set_rng_state", _set_random_state, "the CPU's generator")
@@ -202,6 +209,7 @@ def _type_on_cuda(type_: Callable[..., Any]) -> Callable[..., Any]:
 
 def _replace_tensor_making(replacements: Replacements) -> None:
     builtins = importlib.import_module("torch.jit._builtins")
+    # Wrapped one by one, since a default device would not win over an explicit device="cuda".
     for name in _FACTORIES:
         factory = getattr(torch, name)
         wrapped = _on_cpu(factory)
@@ -262,6 +270,7 @@ class _Results:
     """
 
     def __init__(self) -> None:
+        # Unbuffered: writers are forked, and a buffer that was copied by a fork is written twice.
         self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (open as long as self)
         self._offset = 0
 
@@ -273,7 +282,10 @@ class _Results:
         self._file.write(pickle.dumps(item))
 
     def get_nowait(self) -> Any:
+        # Forked processes share one file position, so every read and write says where.
         self._file.seek(self._offset)
+        # A writer puts one small pickle with a single write(2) and is joined before results are
+        # read, so there is never half of one.
         stream = io.BytesIO(self._file.read())
         if not stream.getbuffer():
             raise queue.Empty

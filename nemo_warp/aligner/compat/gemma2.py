@@ -23,6 +23,7 @@ def gemma2_layer_spec() -> Any:
     modules = _modules()
     spec = get_gpt_layer_local_spec()
     attention, mlp = (getattr(spec.submodules, part) for part in ("self_attention", "mlp"))
+    # The same three places as NeMo's own specification for Gemma 2 with Transformer Engine.
     attention.submodules.core_attention = modules.Gemma2DotProductAttention
     attention.submodules.linear_proj = modules.TERowParallelLinearLayerNorm
     mlp.submodules.linear_fc2 = modules.TERowParallelLinearLayerNorm

@@ -24,5 +24,6 @@ def absent_kernels() -> list[str]:
     """Keys to switch off on this machine; none in the NeMo container with a GPU."""
     import torch
 
+    # torch here and not at the top: the module is read by checks on login nodes.
     gpu = torch.cuda.is_available()
     return [k for k, names in _NEEDED.items() if not gpu or not any(map(find_spec, names))]

@@ -54,11 +54,15 @@ class LayerNorm(torch.nn.Module):
         self.centred_on_mean = config.normalization == "LayerNorm"
         self.zero_centered_gamma = config.layernorm_zero_centered_gamma
         self.eps = eps
+        # What is stored is the difference from 1 (NeMo's layernorm1p, Gemma).
         start = 0.0 if self.zero_centered_gamma else 1.0
         self.weight = torch.nn.Parameter(torch.full((hidden_size,), start))
         if self.centred_on_mean:
             self.bias = torch.nn.Parameter(torch.zeros(hidden_size))
         for parameter in self.parameters():
+            # Set through vars: mypy knows no such attribute of a Parameter. Megatron-core sums the
+            # gradients of parameters with this mark (distributed/finalize_model_grads.py), NeMo
+            # likewise.
             vars(parameter)["sequence_parallel"] = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:

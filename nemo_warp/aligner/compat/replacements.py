@@ -24,6 +24,8 @@ class Replacements:
         vars(module).update(attributes)
         sys.modules[name] = module
         parent, _, leaf = name.rpartition(".")
+        # "from parent import leaf" looks for an attribute first, "import parent.leaf" in
+        # sys.modules.
         if parent in sys.modules:
             setattr(sys.modules[parent], leaf, module)
         self.record(name, note)

@@ -42,6 +42,7 @@ def replace_before_nemo(replacements: Replacements, missing: Sequence[str]) -> N
     if "tensorrt_llm" in missing:
         replacements.add_module(
             "nemo_aligner.utils.trt_llm",
+            # NeMo-Aligner 0.7, utils/trt_llm.py; its actor model imports that module.
             "upstream imports TensorRT-LLM even where it is not used",
             GPTGenerateTRTLLM=TensorRTLLMMissing,
         )
@@ -53,6 +54,7 @@ def replace_in_nemo(replacements: Replacements, missing: Sequence[str]) -> None:
         _replace_apex(replacements)
     if "transformer_engine" in missing:
         _replace_transformer_engine(replacements)
+    # Either of the two brings a fused Adam, which Megatron-core then takes.
     if "apex" in missing and "transformer_engine" in missing:
         _replace_fused_adam(replacements)
     _adapt_checkpoint_writer(replacements)
@@ -77,6 +79,7 @@ def _replace_apex(replacements: Replacements) -> None:
     `import apex` itself keeps failing, so that Megatron-core takes its own way without apex and
     the optimizers that exist only in apex (`distributed_fused_adam`) stay refused by NeMo.
     """
+    # Imports of NeMo stand in functions throughout: this module is imported before NeMo may be.
     from megatron.core.tensor_parallel import layers as megatron_layers
 
     overrides = importlib.import_module("nemo.collections.nlp.parts.nlp_overrides")
@@ -101,6 +104,7 @@ def _replace_apex(replacements: Replacements) -> None:
 
     utils = importlib.import_module(f"{_MEGATRON}.utils")
     replacements.set(utils, "listify_model", _as_list, "a list, as apex's makes")
+    # NeMo names these classes in isinstance tests when it groups parameters by weight decay.
     for norm in ("FusedLayerNorm", "FastLayerNorm", "MixedFusedRMSNorm"):
         replacements.set(utils, norm, _NoSuchClass, "no module is one of apex's norms")
 
@@ -110,6 +114,7 @@ def _replace_apex(replacements: Replacements) -> None:
     kernels = SimpleNamespace(
         multi_tensor_l2norm=multi_tensor_l2norm, multi_tensor_scale=multi_tensor_scale
     )
+    # Both bound the names of apex's kernels at their own import, so both get them.
     for module in (clip_grads, main_params):
         replacements.set(module, "amp_C", kernels, "torch foreach kernels")
         replacements.set(module, "multi_tensor_applier", _apply_kernel, "torch foreach kernels")
@@ -133,8 +138,10 @@ def multi_tensor_l2norm(
     overflow: torch.Tensor, tensor_lists: list[list[torch.Tensor]], per_tensor: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """L2 norm over all tensors together, as apex's kernel of that name: ``([1], None | [n])``."""
+    # The norm of the tensors' norms is the norm of all elements together.
     norms = torch.stack(torch._foreach_norm(tensor_lists[0]))
     total = torch.linalg.vector_norm(norms).reshape(1)
+    # Shape [1], not a scalar: NeMo's clip_grads squares it and all-reduces it in place.
     return total, norms if per_tensor else None
 
 
@@ -143,6 +150,7 @@ def multi_tensor_scale(
 ) -> None:
     """``target = source * scale`` in place, as apex's kernel; infinities are not looked for."""
     sources, targets = tensor_lists
+    # NeMo scales between bf16 and fp32 lists; copy_ casts, and source may be target.
     torch._foreach_copy_(targets, torch._foreach_mul(sources, scale))
 
 
@@ -197,6 +205,8 @@ def local_layer_spec(spec_name: str, transformer_config: Any = None, *_: Any, **
 
     if spec_name == "megatron_gemma2":
         return gemma2_layer_spec()
+    # NeMo asks for "te_gpt" where transformer_engine is true in the checkpoint, which it is for all
+    # published ones; the local layers stand for it.
     if spec_name not in ("", "te_gpt"):
         raise ValueError(
             f"model.name={spec_name!r} needs Transformer Engine, which is not installed: run in "
@@ -218,6 +228,8 @@ def _adapt_checkpoint_writer(replacements: Replacements) -> None:
     """Megatron-core 0.11 calls torch's private ``_write_item`` as it was up to torch 2.6."""
     from torch.distributed.checkpoint import filesystem
 
+    # Read from the function and not from torch's version: 2.7 put `transforms` first, a later one
+    # added the serialization format, and containers carry patched builds.
     parameters = list(inspect.signature(filesystem._write_item).parameters)
     if parameters[:1] != ["transforms"]:
         return
@@ -230,6 +242,7 @@ def _adapt_checkpoint_writer(replacements: Replacements) -> None:
             data,
             item,
             storage_key,
+            # Megatron-core reads the items back with torch.load, whatever torch's default becomes.
             *([filesystem.SerializationFormat.TORCH_SAVE] if len(parameters) > 5 else []),
         )
 

@@ -33,6 +33,8 @@ def with_states(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def filled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # torch's Adam makes its states in its first step, and state_dict asserts that all states
+        # name one and the same step (distrib_optimizer.py l.610): of no states it finds none.
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 if not self.optimizer.state[parameter]:
@@ -67,6 +69,7 @@ def with_own_steps(method: Callable[..., Any]) -> Callable[..., Any]:
 @contextmanager
 def _hidden_steps(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     states = [state for state in optimizer.state.values() if "step" in state]
+    # Megatron-core takes everything in a state for a tensor of the parameter's shape.
     steps = [state.pop("step") for state in states]
     try:
         yield

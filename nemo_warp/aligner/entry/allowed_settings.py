@@ -87,6 +87,7 @@ def check_settings(model: Mapping[str, Any], config: Any, path: Any) -> None:
     """
     extra = config.model.get("extra") or {}
     for key, rule in MODEL_RULES.items():
+        # What the recipe adds wins over the checkpoint's, as it does when NeMo builds the model.
         source = "model.extra" if key in extra else str(path)
         value = extra[key] if key in extra else model.get(key)
         _check(rule, key, value, source, f"set model.extra.{key}={rule.expected}")

@@ -32,7 +32,9 @@ def run_once(
         An exit code of `nemo_warp.exit_codes`.
     """
     try:
+        # Everything that can be refused is refused here, before NeMo's import (12 s on every rank).
         config, directory, texts = check()
+        # Before the lock: asking again for a finished result must not wait for anybody.
         if already_complete(directory, config):
             return exit_codes.DONE
         lock = lock_directory(directory, config)
@@ -41,17 +43,22 @@ def run_once(
     from nemo_warp.aligner.compat import activate
 
     activate()
+    # Nobody waits for a lock: a second run of one directory is a mistake, and says so at once.
     with lock:
         try:
             return work(config, texts)
         except ValueError as error:
             return refuse(error, exit_codes.MISCONFIGURED)
+        # Another attempt may succeed after these, so the driver starts one; after a ValueError it
+        # would meet the same again. Anything else is a bug and keeps its traceback.
         except (RecordError, RewardError, FloatingPointError) as error:
             return refuse(error, exit_codes.FAILED)
 
 
 def is_first_rank() -> bool:
     """Whether this process is rank 0 of its job (or its only process)."""
+    # torchrun sets RANK, srun SLURM_PROCID. Neither is read where torch is not imported yet
+    # otherwise.
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
 
 
@@ -66,6 +73,7 @@ def already_complete(directory: Path, config: Any) -> bool:
     completion = read_completion(directory)
     owner = directory / _OWNER_FILE
     found = owner.read_text().strip() if owner.is_file() else None
+    # The record is the stronger witness: the owner file is written when a run begins.
     found = completion.config_hash if completion else found
     if found not in (None, wanted):
         raise ValueError(
@@ -95,6 +103,7 @@ def lock_directory(directory: Path, config: Any) -> IO[str]:
         raise ValueError(
             f"another run is using {directory}; wait for it, or choose another directory"
         ) from None
+    # Under the lock, so that two runs cannot each take the directory for theirs.
     write_text_atomically(directory / _OWNER_FILE, identity_hash(to_plain(config)) + "\n")
     return lock
 

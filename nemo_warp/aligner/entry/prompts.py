@@ -43,6 +43,7 @@ class Rules:
 
     def text(self, line: str) -> str:
         """The whole text of a prompt: what is tokenized, and what rewards are told."""
+        # replace, not format: prompts and templates may hold braces.
         return line if self.template is None else self.template.replace("{prompt}", line)
 
 
@@ -63,6 +64,7 @@ def tokenize(
     for number, line in enumerate(lines, 1):
         text = rules.text(line.text)
         tokens = encode(text)
+        # NeMo generates from at least one token; of none it makes an index error inside the model.
         if not tokens:
             raise ValueError(f"{path}: prompt {number} ({text!r}) has no tokens; remove it")
         if len(tokens) <= rules.max_tokens:

@@ -64,6 +64,7 @@ def check_same_model(config: Any, *names: str) -> None:
     """
     if config.allow_different_configs:
         return
+    # In the order given (the first is the reference), and a file that serves twice read once.
     paths = dict.fromkeys(config[name] for name in names)
     try:
         models = {path: read_meaning(Path(path)) for path in paths}
@@ -97,6 +98,8 @@ def _check_algorithm(config: Any) -> None:
 
 def _check_batch_sizes(config: Any) -> None:
     dp, rollout = data_parallel_size(config), config.rollout
+    # Members are checked for whole batches here, because Megatron's microbatch calculator asserts
+    # in the middle of the first step otherwise, on every rank and with no key named.
     updates, forward = rollout.updates_per_rollout, rollout.forward_micro_batch_size
     batch = rollout.prompts_per_step * rollout.samples_per_prompt
     name = "rollout.prompts_per_step * samples_per_prompt"
@@ -110,6 +113,7 @@ def _check_batch_sizes(config: Any) -> None:
     )
     check_evaluation_sizes(config.evaluation, forward, dp)
     engine_batch_size(rollout, config.evaluation)
+    # A save in the middle of a rollout would need the rollout itself to be saved.
     for key in ("total_steps", "eval_interval", "save_interval"):
         _require_multiple(f"run.{key}", config.run[key], "rollout.updates_per_rollout", updates)
 
@@ -145,6 +149,8 @@ def read_model_config(path: Path) -> dict[str, Any]:
     where = f"{path}/{_MODEL_CONFIG}"
     try:
         text = _model_config_text(path)
+        # utf-8-sig: editors on other systems put a byte order mark first, which YAML takes for a
+        # key.
         model = yaml_text.load(text.decode("utf-8-sig"))
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         said = " ".join(str(error).split())
@@ -169,6 +175,7 @@ def _model_config_text(path: Path) -> bytes:
         raise ValueError(f"no checkpoint {path}")
     try:
         with tarfile.open(path) as archive:
+            # NeMo writes names with "./" (arcname="."), other tools without.
             members = {m.name.removeprefix("./"): m for m in archive.getmembers()}
             stream = archive.extractfile(members[_MODEL_CONFIG])
             if stream is None:
@@ -184,6 +191,7 @@ def check_layout(model: dict[str, Any], config: Any, path: Path) -> None:
     """Refuse sizes that do not divide the model, adapters, and settings that are wrong here."""
     check_settings(model, config, path)
     tp, pp = config.model.tensor_model_parallel_size, config.model.pipeline_model_parallel_size
+    # Megatron-core asserts the same when it builds the model, after minutes of loading.
     heads: int = model["num_attention_heads"]
     groups: int = model.get("num_query_groups") or heads
     for name, number in (("num_attention_heads", heads), ("num_query_groups", groups)):

@@ -54,6 +54,8 @@ class RewardSource:
     """
 
     def __init__(self, config: Any, run_id: str) -> None:
+        # All ranks of a model-parallel group hold the same responses: one of them asks, or each
+        # reward would be paid for TP x PP times.
         self._is_source = torch.distributed.get_rank() == get_model_parallel_src_rank()
         self._mixture = self._judges = None
         self._weights = {reward.name: float(reward.weight) for reward in config.rewards}
@@ -64,10 +66,13 @@ class RewardSource:
                 config.rewards, config.reward_client, run_id=run_id
             )
         if self._is_source and config.judges:
+            # Weight 0: a mixture's sum must not have a judge's score in it, whoever adds it up.
             judges = [{**judge, "weight": 0.0} for judge in config.judges]
             self._judges = RewardMixture.from_config(judges, config.reward_client, run_id=run_id)
         self._budget = RewardClientSettings.from_config(config.reward_client).failure_budget()
         self._files = dict(config.prompts)
+        # Texts cannot be in the tensors that are gathered, so they are kept until `check` asks for
+        # them.
         self._reasons: list[str] = []  # of the failures since the last check
 
     def connect(
@@ -86,6 +91,7 @@ class RewardSource:
             RewardError: on every rank, naming what the first of them found.
             ValueError: likewise; prompts lack a field.
         """
+        # A rank that raised here would leave the others in the collective below until its time-out.
         problem: Exception | None = None
         if self._mixture is not None:
             try:
@@ -105,6 +111,7 @@ class RewardSource:
     def fingerprints(self) -> dict[str, str]:
         """Reward name -> fingerprint of what answers; the same on every rank."""
         found: list[Any] = [self._mixture.fingerprints if self._mixture else None]
+        # Rank 0 is the source of its model-parallel group, so it has a mixture.
         torch.distributed.broadcast_object_list(found, src=0)
         return found[0]
 
@@ -118,6 +125,7 @@ class RewardSource:
             return {}
         columns = zip(self.names(judged=False), rollouts.parts.T, strict=False)
         scored = {name: not column.isnan().all() for name, column in columns}
+        # nanmean of a column that is all NaN is NaN, which JSON has no number for: null below.
         means = rollouts.parts.nanmean(0).tolist()
         return {n: mean if scored[n] else None for n, mean in zip(scored, means, strict=False)}
 
@@ -126,6 +134,7 @@ class RewardSource:
         if rollouts.parts is None:
             return {}
         columns = zip(self.names(judged=False), rollouts.parts.T, strict=False)
+        # float64, as in the client that divides by it: the record has to show that number.
         scored = {name: c[~c.isnan()].double() for name, c in columns if name in self._divided}
         return {n: s.std().item() if len(s) > 1 else 0.0 for n, s in scored.items()}
 
@@ -137,6 +146,7 @@ class RewardSource:
         Args:
             judged: ask the judges, too.
         """
+        # This rank only takes part in the broadcast of what its source received.
         if self._mixture is None:
             return PendingRewards(lambda: _share(None))
         texts = [p.text for p in prompts], response_texts(actor, output)
@@ -150,7 +160,10 @@ class RewardSource:
             scores = future.result()
             self._reasons += [reason for reason in scores.reasons if reason]
             parts = scores.parts | (judging.result().parts if judging is not None else {})
+            # One array, so that sum and parts need one broadcast per micro batch.
             rows = np.stack([scores.scores, *(parts[name] for name in self.names(judged))])
+            # float32, because upstream's broadcast_2d_tensor_within_mp sends float32 (NeMo-Aligner
+            # 0.7, utils/distributed.py); NaN for a failed reward survives it.
             return _share(torch.as_tensor(rows, dtype=torch.float32))
 
         return PendingRewards(wait)
@@ -165,6 +178,7 @@ class RewardSource:
             RewardFailureRateError: on every rank: too many failed of late, or all of this batch.
         """
         reasons = self._gather_reasons(failed)
+        # Every rank records the same list and so raises at the same batch.
         self._budget.record(failed.tolist(), reasons)
         if failed.all():
             raise RewardFailureRateError(
@@ -174,8 +188,11 @@ class RewardSource:
 
     def _gather_reasons(self, failed: Tensor) -> list[str]:
         """Why each sample failed, "" where it did not."""
+        # `failed` is the same on all ranks, so all of them skip the collective or none.
         if not failed.any():
             return [""] * len(failed)
+        # Ranks that are no source have no reasons; the others come in data-parallel rank order,
+        # which is that of the rows.
         parts: list[list[str]] = [[]] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(parts, self._reasons)
         self._reasons = []
@@ -209,6 +226,8 @@ class RewardSource:
             if self._weights[name] != 0
         }
         for name, fingerprint in self._judges.fingerprints.items():
+            # By fingerprint, not by name or address: the same function under another name is still
+            # the one that is trained on. Rewards of weight 0 are only watched, and may judge.
             if fingerprint in trained:
                 raise RewardError(
                     f"judge '{name}' computes what reward '{trained[fingerprint]}' does "

@@ -75,6 +75,8 @@ def shown(rollouts: Rollouts, number: int, actor: WarpActorModel) -> list[dict[s
 
 def local_rows(num_rows: int) -> slice:
     """This data-parallel rank's contiguous share of a global batch."""
+    # Contiguous, so that gather_rows (rank order) gives back the order of the whole batch; the
+    # sizes divide, see entry/validation.py.
     size = num_rows // parallel_state.get_data_parallel_world_size()
     rank = parallel_state.get_data_parallel_rank()
     return slice(rank * size, (rank + 1) * size)
@@ -84,6 +86,7 @@ def gather_rows(rows: Tensor) -> Tensor:
     """Concatenate equally many rows of every data-parallel rank, in rank order."""
     group = parallel_state.get_data_parallel_group()
     rows = rows.contiguous()
+    # all_gather takes tensors of equal shape only, hence the padding to the longest sequence below.
     parts = [torch.empty_like(rows) for _ in range(group.size())]
     torch.distributed.all_gather(parts, rows, group=group)
     return torch.cat(parts)
@@ -113,6 +116,9 @@ def generate(
     local = local_rows(len(prompts))
     outputs: list[dict[str, Tensor]] = []
     pending: list[PendingRewards] = []
+    # `start` counts in the global batch: its number is in the seed, which makes responses
+    # independent of the number of data-parallel ranks. NeMo-Aligner seeds each rank alike from
+    # model.seed, and anew after a resume (utils/trt_llm.py l.97-99).
     for start in range(local.start, local.stop, micro_batch_size):
         batch = prompts[start : start + micro_batch_size]
         actor.seed_sampling(derive_seed(*seed_parts, start // micro_batch_size))
@@ -122,12 +128,14 @@ def generate(
             actor.tokenizer.eos_id,
         )
         outputs.append(output)
+        # Not waited for here: the server scores this micro batch while the next one is generated.
         pending.append(rewards.submit(actor, batch, output, judged))
     scores = [p.wait() for p in pending]
     return Rollouts(
         tokens=gather_rows(_pad_to_longest(outputs, actor.tokenizer.eos_id, pad_multiple)),
         prompt_lengths=gather_rows(torch.cat([o["prompt_lengths"] for o in outputs])),
         lengths=gather_rows(torch.cat([o["response_lengths"] for o in outputs])),
+        # bool travels as bytes: NCCL and gloo have no collective for it.
         is_end=gather_rows(torch.cat([o["is_end"].byte() for o in outputs])).bool(),
         rewards=gather_rows(torch.cat([s.scores for s in scores])),
         failed=gather_rows(torch.cat([s.failed.byte() for s in scores])).bool(),
@@ -149,6 +157,7 @@ def within_limit(output: dict[str, Tensor], limit: int, eos_id: int) -> dict[str
     Returns:
         The same, cut; what was cut has not ended by itself.
     """
+    # `lengths` count from the start of the prompt, as NeMo's do.
     last = output["prompt_lengths"] + limit
     tokens = output["response_tokens"].clone()
     position = torch.arange(tokens.size(1), device=tokens.device)
@@ -159,6 +168,7 @@ def within_limit(output: dict[str, Tensor], limit: int, eos_id: int) -> dict[str
         **output,
         "response_tokens": tokens,
         "response_lengths": lengths,
+        # NeMo reports an end that may lie behind the cut.
         "is_end": output["is_end"].bool() & ~cut,
     }
 
@@ -167,6 +177,7 @@ def _collate(actor: WarpActorModel, prompts: list[Prompt]) -> dict[str, Tensor]:
     """NeMo-Aligner's inference batch: ``text`` [b, longest prompt + response], ``length`` [b]."""
     lengths = torch.tensor([len(p.tokens) for p in prompts])
     width = int(lengths.max()) + actor.cfg.reinforce.length_params.max_length
+    # NeMo writes the generated tokens into the same tensor, so it has to be wide enough for them.
     text = torch.full((len(prompts), width), actor.tokenizer.eos_id)
     for row, prompt in zip(text, prompts, strict=True):
         row[: len(prompt.tokens)] = torch.tensor(prompt.tokens)
@@ -177,6 +188,7 @@ def _pad_to_longest(outputs: list[dict[str, Tensor]], eos_id: int, multiple: int
     """Local tokens [rows, S], S the longest sequence on any data-parallel rank."""
     longest = torch.stack([o["response_lengths"].max() for o in outputs]).max()
     group = parallel_state.get_data_parallel_group()
+    # Ranks have to agree on S before they gather.
     torch.distributed.all_reduce(longest, torch.distributed.ReduceOp.MAX, group=group)
     width = -(-int(longest) // multiple) * multiple
     rows = [o["response_tokens"][:, :width] for o in outputs]

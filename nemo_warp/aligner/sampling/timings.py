@@ -22,6 +22,8 @@ class Timings:
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
         """Add the time of the body to ``name``, even if it raises."""
+        # Kernels run asynchronously: without this their time would be booked on whatever waits
+        # next.
         torch.cuda.synchronize()
         started = time.perf_counter()
         torch.cuda.nvtx.range_push(name)
@@ -30,6 +32,8 @@ class Timings:
                 yield
             torch.cuda.synchronize()
         finally:
+            # No synchronize after an error: it would raise the device's error in place of the
+            # body's.
             torch.cuda.nvtx.range_pop()
             self._seconds[name] += time.perf_counter() - started
 
