@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import member_lab as lab
@@ -158,6 +159,9 @@ def _theirs(checkpoint, pairs):
 
     from lightning.pytorch.trainer import trainer
     from lm_eval.models import nemo_lm
+    from nemo.collections.nlp.modules.common.text_generation_strategy import (
+        GPTModelTextGenerationStrategy,
+    )
 
     def on_the_cpu(**settings):
         return trainer_class(**settings | {"accelerator": "cpu"})
@@ -165,6 +169,8 @@ def _theirs(checkpoint, pairs):
     trainer_class = trainer.Trainer
     with mock.patch.object(trainer, "Trainer", on_the_cpu):
         model = nemo_lm.NeMoLM(str(checkpoint), max_length=32, precision="32-true")
+    # NeMo's search for the strategy imports its multimodal models, which want torchvision.
+    model.generate = partial(model.generate, strategy=GPTModelTextGenerationStrategy(model.model))
     return model.loglikelihood(_requests(pairs))
 
 
