@@ -22,11 +22,15 @@ from nemo_warp.core.transformer import Sizes
 ALLOWANCE = 4_000_000_000
 """A guess: no GPU was at hand to measure it on."""
 
-LOGIT_BYTES = 4
-"""Of each logit of a response position: bf16, and as much again for its gradient or its float."""
-CHUNK_POSITIONS = 1024
-"""Positions whose logits are in fp32 at a time, while log-probabilities are computed in chunks."""
-_CHUNK_BYTES = 12  # fp32 logits, their softmax and its gradient
+CHUNK_LOGITS = 2**27
+"""Logits that are held at a time, while log-probabilities are computed in chunks.
+
+Large enough for the products with the output layer to run at full speed (1024 positions of a
+vocabulary of 128 k), and for the sum of the weight's gradient over chunks not to show.
+"""
+_CHUNK_BYTES = (
+    6  # the product in bf16 and its logits in fp32; then these and their gradient in bf16
+)
 
 NO_ROOM = "DOES NOT FIT"
 """In a line of `Footprint.lines`, and nowhere else."""
@@ -124,15 +128,13 @@ def stage_footprint(sizes: Sizes, member: Mapping[str, Any], stage: int) -> Foot
 
 
 def logit_bytes(sequences: int, positions: int, columns: int) -> int:
-    """Logits of response positions, and the chunk of them that is in fp32 at a time.
+    """The chunk of logits that is held at a time.
 
     Args:
         sequences, positions: of a micro batch; response positions only.
         columns: this rank's part of the vocabulary.
     """
-    tokens = sequences * positions
-    chunk = min(CHUNK_POSITIONS, tokens)
-    return columns * (tokens * LOGIT_BYTES + chunk * _CHUNK_BYTES)
+    return min(CHUNK_LOGITS, sequences * positions * columns) * _CHUNK_BYTES
 
 
 class _Rank:
@@ -177,7 +179,7 @@ class _Rank:
             # fp32 slices over the data-parallel group, see ShardedWeights: 4/DP bytes per parameter
             # each.
             held |= {"anchor": slice_bytes} if algorithm["anchor"] == "ema" else {}
-            held |= {"SFT": slice_bytes}
+            held |= {"SFT": self._slice(self.dtype)}
         engine = self.member["rollout"]["trt_llm"]
         if engine["enable"] and not engine["unload_engine_train"]:
             held["engine"] = self._engine_weights()
@@ -241,7 +243,7 @@ class _Rank:
         if self.member["algorithm"]["anchor"] == "none":
             parts.pop("reference")  # but for evaluations, see SFT
         # The exact KL needs the logits of policy and reference at the same time.
-        return parts | self._logits(rows * (2 if self.member["evaluation"]["exact_kl"] else 1))
+        return parts | self._logits(rows, sides=2 if self.member["evaluation"]["exact_kl"] else 1)
 
     def training(self) -> dict[str, int]:
         rows = self.member["model"]["micro_batch_size"]
@@ -253,12 +255,17 @@ class _Rank:
         if self._recomputes:
             # One layer at a time is computed again with all that its backward pass needs.
             activations += tokens * self._saved(recomputes=False)
-        return {"activations": activations} | self._logits(rows)
+        parts = {"activations": activations} | self._logits(rows)
+        if self._is_last:  # summed in fp32 over the chunks, beside one chunk's share
+            parts["output layer's gradient"] = (
+                self.columns * self.sizes.hidden * (_FLOAT + self.dtype)
+            )
+        return parts
 
-    def _logits(self, rows: int) -> dict[str, int]:
+    def _logits(self, rows: int, sides: int = 1) -> dict[str, int]:
         if not self._is_last:
             return {}
-        return {"logits": logit_bytes(rows, self.response, self.columns)}
+        return {"logits": sides * logit_bytes(rows, self.response, self.columns)}
 
     @property
     def _recomputes(self) -> bool:

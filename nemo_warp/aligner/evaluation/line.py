@@ -15,7 +15,7 @@ from nemo_warp.aligner.policy.build import Policy, build_policy
 from nemo_warp.aligner.weights.intact import refuse_damaged
 from nemo_warp.config import overlaid
 
-# Nothing is trained; NeMo's set-up wants an optimizer, and torch's allocates nothing before a step.
+# Nothing is trained, and none is made; but NeMo's configuration wants one.
 _OPTIMIZER = {"name": "adamw", "lr": 1e-6, "betas": [0.9, 0.95], "weight_decay": 0.0}
 
 
@@ -35,11 +35,15 @@ class Line:
         optimizer = {**_OPTIMIZER, "warmup_steps": 0, "extra": {}}
         whole = overlaid(config, {"init": config.base, "optim": optimizer})
         self.policy: Policy
-        self.policy, shards = build_policy(whole, config.evaluation.num_prompts, 1, others)
+        self.policy, shards = build_policy(
+            whole, config.evaluation.num_prompts, 1, others, trains=False
+        )
         refuse_damaged(config.base, config.slerp, config.sft)
         self.sft = self.policy.other_weights(shards.get(config.sft))
         self._slerp = self.policy.other_weights(shards.get(config.slerp))
         self._bases = {"init": self.policy.other_weights(None), "sft": self.sft}
+        if not config.get("towards_sft"):
+            self.sft.round_()  # the KL reference of every point, and no point's base
 
     @contextmanager
     def at(self, base: str, eta: float) -> Iterator[None]:

@@ -90,7 +90,7 @@ def build_member(config: Any, texts: dict[str, list[PromptLine]], stop: StopRequ
     model = policy.model
     _check_end_token(model, config.init)
     offload = config.algorithm.offload_anchor
-    sft = policy.other_weights(shards.get(config.sft), offload)
+    sft = policy.other_weights(shards.get(config.sft), offload).round_()
     anchor = None
     if config.algorithm.anchor == "ema":
         anchor = EmaAnchor(policy.other_weights(None, offload), config.algorithm.ema_update_rate)

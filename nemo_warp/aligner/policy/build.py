@@ -26,7 +26,7 @@ from nemo_warp.aligner.weights.sharded import ShardedWeights
 
 @dataclass(frozen=True)
 class Policy:
-    """A model that is ready to generate and to train."""
+    """A model that is ready to generate and, with an optimizer, to train."""
 
     model: WarpActorModel
     optimizer: Any
@@ -44,13 +44,21 @@ class Policy:
 
 
 def build_policy(
-    config: DictConfig, global_batch_size: int, max_steps: int, others: tuple[str, ...] = ()
+    config: DictConfig,
+    global_batch_size: int,
+    max_steps: int,
+    others: tuple[str, ...] = (),
+    trains: bool = True,
 ) -> tuple[Policy, dict[str, torch.Tensor]]:
     """Load ``config.init`` and set up what training needs. Collective over all ranks.
+
+    No two models are in memory at a time.
 
     Args:
         others: further ``.nemo`` files of the same architecture, read first, one at a time, through
             NeMo itself (any format it knows); only this rank's slice of each is kept.
+        trains: without, nothing is allocated for gradients, masters or moments, and the policy has
+            no optimizer.
 
     Returns:
         The policy, and per path in ``others`` the slice for `Policy.other_weights`.
@@ -65,9 +73,13 @@ def build_policy(
         model = _restore(trees[path].model, trainer, path)
         shard = _file_shard(model, path)
         shards[path] = ShardedWeights(model).shard.clone() if shard is None else shard
+        trainer.strategy.connect(None)  # it would keep the model while the next one is loaded
         del model
         gc.collect()
     model = _restore(trees[config.init].model, trainer, config.init)
+    if not trains:
+        model.cuda()  # Lightning's set-up, which makes the optimizer, would do it otherwise
+        return Policy(model, None, None, _file_shard(model, config.init)), shards
     placeholder: Any = torch.utils.data.DataLoader(cast("Any", [0]))  # NeMo wants one, unread
     init_using_ptl(trainer, model, placeholder, placeholder.dataset)
     optimizer, scheduler = extract_optimizer_scheduler_from_ptl_model(model)

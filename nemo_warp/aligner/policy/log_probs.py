@@ -20,12 +20,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 from torch.nn import functional
 
-CHUNK_LOGITS = 2**27
-"""Logits held at a time, on this rank: 0.5 GiB in fp32, and half of that in bf16.
-
-Large enough for the products with the output layer to run at full speed (1024 positions of a
-vocabulary of 128 k), and for the sum of the weight's gradient over chunks not to show.
-"""
+from nemo_warp.core.footprint import CHUNK_LOGITS
 
 
 @dataclass(frozen=True)
@@ -127,6 +122,7 @@ class _TargetLogProbs(torch.autograd.Function):
             chosen[rows] = logits.gather(1, column).where(here, 0.0)
             peak[rows] = logits.amax(1)
             total[rows] = logits.sub_(peak[rows, None]).exp_().sum(1)
+            del logits  # or it would live beside the next chunk's
         top, total, chosen = _sum_over_ranks(peak, total, chosen)
         norm = total.log()
         log_probs = (chosen - top[:, None] - norm[:, None]).view_as(targets)
@@ -152,6 +148,7 @@ class _TargetLogProbs(torch.autograd.Function):
             delta = _grad_logits(layer, chunk, here, column, normaliser[rows], wanted)
             grad_states.index_copy_(0, index[rows], delta @ own)
             _add_product_(grad_weight[: layer.columns], delta.t(), chunk)
+            del delta
         return grad_states, grad_weight.to(weight.dtype), None, None, None
 
 

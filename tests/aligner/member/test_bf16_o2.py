@@ -4,6 +4,8 @@ Megatron's optimizers and NeMo's fp32 masters run on a CPU; what a save, a load 
 them is what it does on a GPU.
 """
 
+import gc
+
 import member_lab as lab
 import numpy as np
 import pytest
@@ -229,3 +231,41 @@ def swapped_dtype(materials, directory):
 def test_no_parameter_can_get_data_of_another_dtype(materials, tmp_path):
     with pytest.raises(RankError, match="would lose its gradient hooks"):
         run_ranks(swapped_dtype, 1, materials, tmp_path)
+
+
+def loaded(materials, directory, trains, monkeypatch):
+    """How many models are in memory when one is loaded; and what a rounded SFT copy computes."""
+    from nemo_warp.aligner.policy import build
+
+    alive, restore = [], build._restore
+
+    def counted(*args):
+        gc.collect()
+        alive.append(sum(type(found) is build.WarpActorModel for found in gc.get_objects()))
+        return restore(*args)
+
+    monkeypatch.setattr(build, "_restore", counted)
+    config, sft = _config(materials, directory, Layout(), "adam"), str(materials.other)
+    policy, shards = build.build_policy(config, 8, 4, (sft,), trains=trains)
+    weights, tokens = policy.other_weights(shards[sft]), lab.given_rollouts(0).tokens
+    sizes, scores = [], []
+    for reference in (weights, weights.clone().round_()):
+        with policy.model.inference(), reference.in_place():
+            scores.append(policy.model.get_inference_log_probs(tokens))
+        sizes.append(reference.nbytes)
+    moving = sum(p.grad is not None for p in policy.model.parameters())
+    return alive, policy.optimizer is None, moving, sizes, torch.equal(*scores)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_one_model_at_a_time_and_no_optimizer_for_an_evaluation(
+    materials, tmp_path, monkeypatch, trains
+):
+    alive, none, moving, sizes, same = run_ranks(
+        loaded, 1, materials, tmp_path, trains, monkeypatch
+    )[0]
+    assert alive == [0, 0]
+    assert none is not trains
+    assert moving == 0
+    assert sizes[0] == 2 * sizes[1], "an SFT copy may stay in bf16"
+    assert same

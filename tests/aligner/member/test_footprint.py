@@ -97,7 +97,7 @@ def measured(materials, directory, layout, optimizer, sequence_parallel):
               "rollout.max_response_tokens=60", "prompts.max_tokens=4"],
     )  # fmt: skip
     trainer = lab.build_trainer(config)
-    sft = trainer.anchor.weights.clone()  # a member holds one
+    sft = trainer.anchor.weights.clone().round_()  # a member holds one
     batches = trainer.optimizer_batches(trainer.objective.batch(lab.given_rollouts(0)).data)
     trainer.run_training(batches)
     held = _held_bytes() - before
