@@ -205,8 +205,8 @@ def local_layer_spec(spec_name: str, transformer_config: Any = None, *_: Any, **
 
     if spec_name == "megatron_gemma2":
         return gemma2_layer_spec()
-    # NeMo asks for "te_gpt" where transformer_engine is true in the checkpoint, which it is for all
-    # published ones; the local layers stand for it.
+    # NeMo makes "te_gpt" of "" where the checkpoint says transformer_engine
+    # (megatron_gpt_model.py l.154), as published ones do; the local layers stand for it.
     if spec_name not in ("", "te_gpt"):
         raise ValueError(
             f"model.name={spec_name!r} needs Transformer Engine, which is not installed: run in "

@@ -59,7 +59,9 @@ def list_attempts(paths: StagePaths) -> list[Attempt]:
     if not paths.attempts.is_dir():
         return []
     directories = sorted(
-        (d for d in paths.attempts.iterdir() if d.name.isdigit()), key=lambda d: int(d.name)
+        # By number, not by name: attempt 1000 comes after 999.
+        (d for d in paths.attempts.iterdir() if d.name.isdigit()),
+        key=lambda d: int(d.name),
     )
     return [
         Attempt(
@@ -74,6 +76,8 @@ def list_attempts(paths: StagePaths) -> list[Attempt]:
 
 def begin(paths: StagePaths, record: dict[str, Any]) -> Attempt:
     """Make the next attempt's directory and say in it what is being started."""
+    # mkdir without exist_ok is the guard against two processes that count alike; only the holder of
+    # the stage's lock comes here.
     number = max((a.number for a in list_attempts(paths)), default=0) + 1
     directory = paths.attempts / f"{number:03d}"
     directory.mkdir(parents=True)
@@ -97,6 +101,7 @@ def forgive(paths: StagePaths) -> None:
 def progress(paths: StagePaths) -> int:
     """What is kept of earlier attempts: the newest checkpoint's step, or the number of points."""
     if paths.points.exists():
+        # Every complete line is a point that is kept; one without its line break was cut off.
         return paths.points.read_bytes().count(b"\n")
     if not paths.checkpoints.is_dir():
         return 0
@@ -115,6 +120,7 @@ def failure(paths: StagePaths, cap: int) -> str | None:
     step = progress(paths)
     stuck = 0
     for attempt in reversed(attempts):
+        # An attempt of another starting step ends the count: since then something was gained.
         if attempt.counts and attempt.record.get("step", step) != step:
             break
         stuck += attempt.counts
@@ -133,6 +139,8 @@ def describe(attempt: Attempt) -> str:
 def failing_log(attempt: Attempt) -> Path:
     """The log of the step that ended the attempt: the program's, or a reward server's own."""
     reason = (attempt.exit or {}).get("reason", "")
+    # What the supervisor writes as a reason is what is read here: "reward-x ended with exit code
+    # 1".
     late = _LATE_SERVER.search(reason)
     step = f"reward-{late[1]}" if late else reason.partition(" ended with ")[0]
     log = attempt.directory / f"{step}.log"
@@ -143,10 +151,12 @@ def last_words(log: Path) -> str:
     """What a program said last: its last ``error: ...`` line, or its last line."""
     try:
         with log.open("rb") as stream:
+            # Logs of a long run have gigabytes; the last 64 KiB hold the end of it.
             stream.seek(max(0, stream.seek(0, 2) - _TAIL_BYTES))
             text = stream.read().decode(errors="replace")
     except OSError:
         return ""
+    # Progress bars write carriage returns instead of line breaks.
     lines = [line.strip() for line in text.replace("\r", "\n").split("\n") if line.strip()]
     errors = [line for line in lines if line.startswith("error: ")]
     return (errors or lines or [""])[-1]
@@ -171,5 +181,7 @@ def _since_forgiven(attempts: list[Attempt]) -> list[Attempt]:
 def _read(path: Path) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_text())
+    # A killed node can leave an empty file even after an atomic rename (no fsync was reached): such
+    # an attempt counts as one that left no word.
     except (FileNotFoundError, ValueError):
         return None

@@ -17,6 +17,7 @@ from nemo_warp.records import RecordError, write_json_atomically
 def note(paths: StagePaths, job: str) -> None:
     """Somebody cancelled ``job``, which was to make the stage; once forgiven, it stays so."""
     record = _read(paths)
+    # Otherwise a job that Slurm still remembers would be cancelled anew after every `resume`.
     if job not in record["jobs"] + record["forgiven"]:
         _write(paths, record["jobs"] + [job], record["forgiven"])
 

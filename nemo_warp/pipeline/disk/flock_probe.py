@@ -39,6 +39,7 @@ def main() -> int:
 
 def _first(directory: Path) -> None:
     with locks.hold(directory / "lock"):
+        # Held until the other one has seen it, so both steps happen while the lock is taken.
         (directory / "held").touch()
         _await(directory / "refused")
 
@@ -50,6 +51,7 @@ def _second(directory: Path) -> None:
             pass
     except locks.LockHeldError:
         (directory / "refused").touch()
+        # The lock must be free again after its holder has let go, which stale NFS locks are not.
         with locks.hold(directory / "lock", _PATIENCE_S):
             return
     raise ProbeError(f"{directory}: two nodes held one lock (flock) at once")

@@ -27,11 +27,14 @@ def hold(path: Path, wait_s: float = 0.0) -> Iterator[int]:
         LockHeldError: it was not free within ``wait_s`` seconds.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Group-writable: a colleague's driver may continue the run. The file stays for ever: to remove
+    # it would let two processes lock two files of one name.
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o664)
     try:
         _acquire(descriptor, path, time.monotonic() + wait_s)
         yield descriptor
     finally:
+        # Closing and not LOCK_UN, which would take the lock from children that inherited it.
         os.close(descriptor)
 
 
@@ -61,11 +64,15 @@ def _acquire(descriptor: int, path: Path, deadline: float) -> None:
         except BlockingIOError:
             if time.monotonic() >= deadline:
                 raise LockHeldError(str(path)) from None
+            # Polled: flock has no time-out, and a signal handler to interrupt it would be
+            # everybody's.
             time.sleep(0.1)
 
 
 def _flock(descriptor: int, path: Path, kind: int) -> None:
     try:
+        # flock and not POSIX locks here: it has to be inherited by child processes, which hold the
+        # stage when the task itself is killed.
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         raise

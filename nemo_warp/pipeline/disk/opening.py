@@ -60,14 +60,18 @@ def open_run(recipe: Recipe, redo: bool = False) -> Change:
     paths = recipe.paths
     paths.root.mkdir(parents=True, exist_ok=True)
     pins = present_pins(recipe)
+    # Without its own path: a run directory may be moved.
     text = yaml_text.dump({**recipe.values, "run_directory": None})
     change = Change((), {}, {}, ())
     if paths.recipe.exists():
         change = what_changes(recipe, pins)
+        # What was agreed to with --redo is agreed to for this very recipe and these inputs only.
         same = paths.recipe.read_text() == text and recipe.pinned == pins
         before = _agreed(paths.redo) if same else []
         agreed = {*before, *(change.redone if redo else ())} & set(change.redone)
         _refuse(recipe, change, agreed)
+        # Before recipe.yaml: a driver that is killed in between finds the old recipe and asks
+        # again.
         write_json_atomically(paths.redo, sorted(agreed))
     if not paths.inputs.exists() or recipe.pinned != pins:
         write_json_atomically(paths.inputs, pins)
@@ -147,10 +151,12 @@ def _reason(
     if before is not None and before.needs != stage.needs:
         new = sorted(set(stage.needs) - set(before.needs))
         return f"it reads {new[0]}" if new else f"it no longer reads {before.needs[-1]}"
+    # Stages are in the plan's order, so reasons of what a stage reads are known by now.
     above = [name for name in stage.needs if name in reasons]
     if above:
         return f"it reads {above[0]}"
     request = request_of(recipe, stage, contents)
+    # An empty hash is one that nobody can know yet: what an unfinished stage will publish.
     old, known = recorded.get("inputs", {}), {n: h for n, h in request.inputs.items() if h}
     changed = sorted(name for name, hash_ in known.items() if old.get(name) != hash_)
     changed += sorted(set(old) - set(request.inputs))

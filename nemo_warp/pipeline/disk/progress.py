@@ -67,6 +67,7 @@ def _step(stage: Stage, records: list[dict[str, Any]]) -> int | None:
     if stage.kind == MEMBER:
         return max((r["step"] for r in records if isinstance(r.get("step"), int)), default=0)
     if stage.kind in (EVALUATION, FRONT, PICK, BENCHMARKS):
+        # A set: a point that was measured again after a kill is in the file twice.
         return len({(r.get("base"), r["eta"]) for r in records if "eta" in r})
     return None
 
@@ -74,6 +75,7 @@ def _step(stage: Stage, records: list[dict[str, Any]]) -> int | None:
 def _remaining(elapsed: float, step: int | None, began: int, total: int | None) -> float | None:
     if not step or not total or step <= began:
         return None
+    # The pace of this attempt; earlier ones may have run on other nodes, or waited for something.
     return elapsed / (step - began) * (total - step)
 
 
@@ -86,6 +88,7 @@ def _tail(path: Path) -> list[dict[str, Any]]:
             lines = stream.read().split(b"\n")[:-1]
     except FileNotFoundError:
         return []
+    # The first line of the tail is most likely the end of a longer one.
     if size > _TAIL_BYTES:
         lines = lines[1:]
     records = []

@@ -144,6 +144,7 @@ def _merge(recipe: Recipe, stage: Stage, contents: Contents) -> Request:
         config["eta"]: (merge.next_init.name,),
     }
     if config["eta"] == 1.0:
+        # One output under two names, which publishing makes a hard link.
         names_by_eta = {1.0: (merge.slerp.name, merge.next_init.name)}
     policy_paths = _checkpoints(recipe, names) or list(policies.values())
     words = _merge_words(merge, init, policy_paths, names_by_eta, config["arguments"], towards)
@@ -169,6 +170,7 @@ def _merge_words(
     """The merger: every eta in one pass over the data."""
     words = ["-m", "nemo_warp.merge", "--init", str(init), "--policies", *map(str, policies)]
     words += ["--eta", *map(_word, etas)]
+    # Written below building/ and renamed by the pipeline: the published name says "complete".
     words += ["--output", str(paths.building / "{eta}.nemo"), "--report", str(paths.report)]
     words += ["--liti-towards", str(towards)] if towards is not None else []
     return (*words, *map(str, arguments))
@@ -253,6 +255,7 @@ def _final(recipe: Recipe, stage: Stage, contents: Contents) -> Request:
     inputs = {"sft": contents.pinned("sft"), "slerp": contents.published(merge, slerp.name)}
     if recipe.values["front"]["final_kl"] is not None:
         chosen = contents.chosen()
+        # `plan` prints the command before anybody has chosen: then it shows the word KAPPA.
         kappa, details = chosen["kappa"] if chosen else "KAPPA", {"chosen": chosen}
     names_by_eta: dict[float | str, tuple[str, ...]] = {kappa: (final.policy.name,)}
     words = _merge_words(final, sft, [slerp], names_by_eta, (), None)
@@ -286,9 +289,12 @@ def _hashes(
     rewards: dict[str, dict[str, Any]], contents: Contents, noun: str = "reward"
 ) -> dict[str, str]:
     """What decides the scores: the callable and its options, or the model's contents."""
+    # Not: nodes, ranks, ports, deadlines. They decide how fast scores come, not what they are; and
+    # a finished member must not be trained again because its server moved.
     deciding = ("callable", "options", "batch", "fingerprint", "arguments")
     hashes = {}
     for name, reward in rewards.items():
+        # Only keys that are set, so that a key which a later version adds changes no old hash.
         known = {key: reward[key] for key in deciding if reward.get(key)}
         model = contents.pinned(f"{noun} {name}") if reward.get("model") else None
         weight = {"weight": float(reward["weight"])} if "weight" in reward else {}

@@ -92,6 +92,8 @@ def _inspect_stage(
 ) -> StageState:
     paths = recipe.paths.stage(stage.name)
     missing = [name for name in stage.needs if before[name].status is not Status.DONE]
+    # Done is asked first, and of the disk alone: neither a queue that forgets nor a lock that a
+    # dying process still holds can make a finished stage unfinished.
     if not missing:
         try:
             request = build_request(recipe, stage)
@@ -99,16 +101,19 @@ def _inspect_stage(
                 return StageState(stage, Status.DONE)
         except RecordError as error:
             return StageState(stage, Status.FAILED, str(error), job)
+    # The queue before the lock: a pending job holds no lock.
     if job is not None:
         return StageState(stage, Status.RUNNING if job.running else Status.QUEUED, job.why, job)
     if locks.is_held(paths.lock):
         return StageState(stage, Status.RUNNING)
+    # Cancelled before "failed": it says whose doing it was, and survives Slurm's memory.
     cancelled_job = cancelled.standing(paths, cancelled_job)
     if cancelled_job is not None:
         return StageState(stage, Status.FAILED, f"its job {cancelled_job} was cancelled")
     if missing:
         return _waiting(stage, missing, before)
     stuck = attempts.failure(paths, recipe.values["retries"]["without_progress"])
+    # Attempts at an earlier request (before a change of the recipe) do not count for this one.
     if stuck is not None and _was_made_for(paths, request):
         return StageState(stage, Status.FAILED, stuck)
     return StageState(stage, Status.READY)
@@ -153,6 +158,8 @@ def _check_completion(
             f"expected {request.config_hash[:12]}); {remedy}"
         )
     if stage.kind == MEMBER:
+        # NeMo-Aligner's fit() returns normally at a time limit (algorithms/reinforce.py l.546), so
+        # an exit code of 0 proves nothing: the record's step does.
         wanted = request.config["run"]["total_steps"]
         if completion.details.get("step") != wanted:
             found = completion.details.get("step")

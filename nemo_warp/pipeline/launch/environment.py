@@ -56,6 +56,8 @@ def for_slurm() -> dict[str, str]:
 
     A job is told its devices by Slurm: the caller's are not its.
     """
+    # sbatch exports this environment to the job (--export=ALL), where stale devices would win over
+    # those that Slurm gives.
     kept = {k: v for k, v in os.environ.items() if not _is_order(k) and k not in _DEVICES}
     return {**kept, **_chosen(_WHERE)}
 
@@ -68,6 +70,7 @@ def for_steps() -> dict[str, str]:
 
 def for_srun() -> dict[str, str]:
     """Environment of ``srun``: a step's devices are those that it asks for, not all of the job."""
+    # Slurm sets CUDA_VISIBLE_DEVICES for the batch script; srun hands its environment on to steps.
     return {k: v for k, v in for_steps().items() if k not in _DEVICES}
 
 
@@ -76,6 +79,7 @@ def _chosen(names: frozenset[str]) -> Mapping[str, str]:
 
 
 def _is_order(name: str) -> bool:
+    # Asked first: OMPI_MCA_btl begins like OMPI_, which is for ranks.
     if name.startswith(_LIBRARY_SETTINGS):
         return name.startswith(_OUTER_MPIRUN)
     return name in _RANK_NAMES or name.startswith((*_SLURM, *_RANKS))

@@ -26,6 +26,8 @@ from nemo_warp.pipeline.disk.state import StageState, Status, exit_code, inspect
 from nemo_warp.pipeline.launch.steps import checkout
 from nemo_warp.pipeline.recipe.load import Recipe
 
+# Seconds. Polling a child costs a system call; looking at all stages reads files, maybe over a
+# network, hence more seldom. Signals are repeated since a program may miss one while it imports.
 _POLL_S = 0.1
 _LOOK_AGAIN_S = 2.0
 _REPEAT_SIGNAL_S = 5.0
@@ -98,6 +100,7 @@ class LocalDriver:
                     os.kill(pid, signal.SIGTERM)
 
     def _launch(self, states: dict[str, StageState]) -> None:
+        # Also stages that a killed driver left running, which are nobody's children now.
         busy = {n for n, s in states.items() if s.status is Status.RUNNING} | set(self._tasks)
         free = self._recipe.values["launcher"]["side_by_side"] - len(busy)
         for name in [n for n in self._startable(states) if n not in busy][: max(0, free)]:
@@ -110,6 +113,7 @@ class LocalDriver:
     def _startable(self, states: dict[str, StageState]) -> list[str]:
         ready = [name for name, state in states.items() if state.status is Status.READY]
         # The next iteration waits for members and merges, but not for an evaluation.
+        # Stable: members keep the plan's order.
         ready.sort(key=lambda name: name.endswith("/evaluation"))
         return [name for name in ready if name not in self._refused]
 
@@ -125,6 +129,8 @@ class LocalDriver:
         for name in busy:
             attempt = list_attempts(self._recipe.paths.stage(name))[-1:]
             recorded = attempt[0].record.get("devices") if attempt else None
+            # Our own record first: an attempt's directory appears some time after its task was
+            # started.
             taken |= set((self._devices.get(name) or recorded or "").split(","))
         return next((share for share in shares if not taken & set(share.split(","))), None)
 
@@ -142,6 +148,7 @@ class LocalDriver:
         self._tries[name] = self._newest(name)
         self._devices[name] = devices
         visible = {"CUDA_VISIBLE_DEVICES": devices} if devices else {}
+        # Appended: what an earlier attempt said must not be lost to a restart.
         with logs.open("ab") as output:
             self._tasks[name] = subprocess.Popen(
                 words,
@@ -157,6 +164,7 @@ class LocalDriver:
         """One that ended before it could make an attempt would do the same again: not repeated."""
         del self._devices[name]
         made = self._newest(name) != self._tries[name]
+        # IN_PROGRESS: another process holds the stage; that is how two drivers meet.
         quiet = (exit_codes.DONE, exit_codes.IN_PROGRESS)
         if code not in quiet and not made and not self._interrupted:
             self._refused.add(name)
@@ -189,6 +197,7 @@ class LocalDriver:
 def device_shares(launcher: Mapping[str, Any]) -> list[str]:
     """``launcher.gpus`` in as many parts as stages run side by side: ``["0,1", "2,3"]``."""
     gpus, parts = launcher["gpus"], launcher["side_by_side"]
+    # Even parts; where they do not divide, shares differ by one GPU.
     bounds = [len(gpus) * part // parts for part in range(parts + 1)]
     shares = [gpus[begin:end] for begin, end in itertools.pairwise(bounds)]
     return [",".join(map(str, share)) for share in shares if share]
@@ -196,5 +205,6 @@ def device_shares(launcher: Mapping[str, Any]) -> list[str]:
 
 def _supervisor(tries: list[Attempt]) -> int | None:
     """Process id of the task of a running stage, if it runs on this machine."""
+    # A process id means nothing on another machine, where it may be anybody's.
     here = tries and tries[-1].exit is None and tries[-1].record.get("host") == socket.gethostname()
     return tries[-1].record.get("pid") if here else None

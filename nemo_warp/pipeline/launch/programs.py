@@ -23,6 +23,7 @@ def node_counts(
     request_config: dict[str, Any], rewards: Iterable[dict[str, Any]]
 ) -> tuple[int, int]:
     """Nodes of the actor, and of all reward models together (callables share the actor's)."""
+    # A merge or a report has no trainer: one node.
     actor = request_config.get("trainer", {}).get("num_nodes", 1)
     return actor, sum(r.get("nodes", 1) for r in rewards if r.get("model"))
 
@@ -37,11 +38,14 @@ def servers(
         if reward.get("endpoint"):
             continue
         nodes = reward.get("nodes", 1) if reward.get("model") else 0
+        # Models after the actor's nodes, one behind the other; callables take next to nothing and
+        # share the actor's first node.
         hosts = allocation.hosts[next_node : next_node + nodes] if nodes else allocation.hosts[:1]
         next_node += nodes
         endpoint = directory / f"endpoint_{name}.json"
         words = [allocation.python, *_server_words(reward), "--run-id", run_id(recipe, request)]
         words += ["--endpoint-file", str(endpoint)]
+        # On one machine servers listen on loopback only: they have no authentication.
         words += ["--host", "0.0.0.0"] if allocation.several_nodes else []
         ranks = reward.get("processes_per_node", 1) if nodes else 0
         steps.append(
@@ -89,6 +93,8 @@ def programs(
     words = (allocation.python, "-m", module, *options)
     trainer = request.config["trainer"]
     hosts = allocation.hosts[: trainer["num_nodes"]]
+    # srun gives the highest exit code of its tasks, and a rank that was killed because another had
+    # failed ends with 137: the first one's is in this file.
     exit_file = directory / f"{stage.kind}.exit"
     # TensorRT-LLM builds its engine shard by shard: MPI's rank must be torch's.
     mpi = request.config["rollout"]["trt_llm"]["enable"]
@@ -119,6 +125,7 @@ def _endpoints(request: Request, directory: Path) -> tuple[str, ...]:
 
 def stop_signal(stage: Stage) -> signal.Signals:
     """What makes the stage's program end well: members save; the others lose nothing."""
+    # The same signal that Slurm sends before the time limit, so that there is one way of stopping.
     return signal.SIGUSR1 if stage.kind == MEMBER else signal.SIGTERM
 
 
@@ -141,11 +148,14 @@ def publish(recipe: Recipe, stage: Stage, request: Request) -> None:
         if (paths.building / built).exists():
             (paths.building / built).rename(paths.directory / name)
         for other in others:
+            # A hard link: at eta = 1 the merged policy is the next init, and 14 GB need not be
+            # there twice.
             (paths.directory / other).unlink(missing_ok=True)
             (paths.directory / other).hardlink_to(paths.directory / name)
     missing = [name for name in request.outputs if not (paths.directory / name).exists()]
     if missing:
         return
+    # Renames first, then the record that names the files: after a power cut it must not be alone.
     fsync_directory(paths.directory)
     shutil.rmtree(paths.building, ignore_errors=True)
     files = {name: hash_file(paths.directory / name) for name in request.outputs}

@@ -21,6 +21,7 @@ from nemo_warp.pipeline.recipe.load import Recipe
 from nemo_warp.pipeline.recipe.plan import Stage, merge_name
 from nemo_warp.records import config_hash, write_text_atomically
 
+# A round takes seconds, or minutes while the controller is asked again.
 _LOCK_WAIT_S = 120.0
 _MAX_IDLE_ROUNDS = 2
 """Jobs that die before they begin must not go on for ever, under cron either."""
@@ -35,16 +36,21 @@ def run_round(recipe: Recipe, say: Callable[[str], None] = print) -> int:
         LockHeldError: another driver has been at it for minutes.
         SlurmError: a submission was refused, or the controller is away.
     """
+    # Two rounds at once would both find a stage missing and submit it.
     with locks.hold(recipe.paths.driver_lock, _LOCK_WAIT_S):
         return _run_round(recipe, say)
 
 
 def _run_round(recipe: Recipe, say: Callable[[str], None]) -> int:
+    # The order is: look at the queue, then at the disk. A job that ends in between has written its
+    # record by then; the other way round it would be neither queued nor done, and be submitted
+    # again.
     slurm_jobs.keep_tag(recipe)
     look = slurm_jobs.look(recipe)
     _cancel_hopeless(look.active, say)
     for name, job in look.cancelled.items():
         if name != slurm_jobs.DRIVER:
+            # Noted at once: Slurm forgets cancelled jobs after MinJobAge (300 s by default).
             cancelled.note(recipe.paths.stage(name), job)
     states = inspect(recipe, look.active)
     code = exit_code(states)
@@ -56,6 +62,7 @@ def _run_round(recipe: Recipe, say: Callable[[str], None]) -> int:
     for state in states.values():
         if state.status is Status.FAILED:
             say(f"{state.stage.name} has failed: {state.reason}")
+    # A job that dies before its task begins makes no attempt, so no cap on attempts stops it.
     if _too_idle(recipe, states, look.active, say):
         return exit_codes.FAILED
     recipe.paths.slurm_logs.mkdir(exist_ok=True)
@@ -118,12 +125,16 @@ def submit_round(
         SlurmError: the driver was refused; nothing was submitted.
     """
     jobs = {name: state.job.job_id for name, state in states.items() if state.job is not None}
+    # A rehearsal with ids of no meaning: is there anything to submit, or in the queue?
     if not submit_missing(recipe, states, dict(jobs), lambda _words: "0"):
         return jobs, None
+    # Before the stages: if this process dies half-way, somebody has to look again. It begins in an
+    # hour unless the line below brings that forward.
     driver = None if followed else submit(slurm_jobs.sbatch_driver(recipe))
     refused = None
     try:
         submit_missing(recipe, states, jobs, submit)
+    # Kept, not raised: jobs that were accepted before it need a driver that follows them.
     except slurm.SlurmError as error:
         refused = error
     if driver is not None and jobs:
@@ -157,6 +168,7 @@ def submit_missing(
     for stages in _groups(recipe, states):
         missing = [s for s in stages if _is_missing(s, states, jobs)]
         if missing:
+            # Needs that are done have no job: nothing to wait for.
             after = sorted({jobs[n] for s in missing for n in s.needs if n in jobs})
             job = submit(slurm_jobs.sbatch_stage(recipe, missing, after))
             # A new array is waited for as a whole, an older one only for the tasks still in it.
@@ -171,6 +183,7 @@ def _groups(recipe: Recipe, states: dict[str, StageState]) -> Iterator[list[Stag
         (i for i in range(1, last + 1) if states[merge_name(i)].status is not Status.DONE), last
     )
     chosen = [s for s in recipe.stages if s.iteration <= now and not _at_the_end(s, now, last)]
+    # The plan is in order of iteration and kind, which groupby needs.
     for _, stages in itertools.groupby(chosen, key=lambda s: (s.iteration, s.kind)):
         yield from _alike(recipe, list(stages))
 
@@ -197,6 +210,7 @@ def _is_missing(stage: Stage, states: dict[str, StageState], jobs: dict[str, str
 
 def driver_waits_for(recipe: Recipe, jobs: dict[str, str]) -> list[str]:
     """The next round begins when this one's merge has ended; without one, when all jobs have."""
+    # Not the last iteration's: after it there is no next one, only the front and what follows it.
     merges = [merge_name(i) for i in range(1, recipe.values["iterations"]) if merge_name(i) in jobs]
     return [jobs[merges[-1]]] if merges else sorted(set(jobs.values()))
 
@@ -204,6 +218,8 @@ def driver_waits_for(recipe: Recipe, jobs: dict[str, str]) -> list[str]:
 def _cancel_hopeless(queue: dict[str, QueuedJob], say: Callable[[str], None]) -> None:
     """Jobs whose dependency can never be satisfied would wait for ever: remove them."""
     for name, job in list(queue.items()):
+        # Seen on 22.05: such a job stays for ever, even when the job it depends on is requeued by
+        # hand and succeeds. --kill-on-invalid-dep removes most of them; sites may switch that off.
         if job.reason == slurm_jobs.NEVER_SATISFIED:
             say(f"cancelling {job.job_id} ({name}): its dependency failed")
             slurm.cancel([job.job_id])

@@ -42,6 +42,8 @@ def own_job_id(name: str) -> str | None:
     if "SLURM_JOB_ID" not in os.environ or os.environ.get("SLURM_JOB_NAME") != name:
         return None
     if "SLURM_ARRAY_JOB_ID" in os.environ:
+        # Seen on 22.05: `scontrol requeue $SLURM_JOB_ID` in the last task killed a healthy sibling,
+        # too.
         return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     return os.environ["SLURM_JOB_ID"]
 
@@ -56,6 +58,8 @@ def requeue_this_job(job: str) -> None:
     except SlurmError as error:
         print(f"cannot be requeued: {error}", flush=True)
         return
+    # scontrol returns before Slurm has killed this job's processes (KillWait, 30 s by default).
+    # Going on would end the job by itself, with an exit code, before it is requeued.
     time.sleep(300)
 
 
@@ -67,12 +71,15 @@ def why_ended(job: str) -> Ended | None:
     one restart more than this process was told of. A warning before preemption (GraceTime) finds
     it RUNNING.
     """
+    # squeue and not sacct: accounting is optional, and lags behind.
     words = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={job}"]
     words += ["--Format=state:20,reason:40,restartcnt:10"]
     try:
+        # A reason may hold spaces: state first, restart count last, the reason is what is between.
         state, *_ = line = ask(words, _BEFORE_SIGKILL_S).splitlines()[0].split()
         again = int(line[-1]) > int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     except (SlurmError, IndexError, ValueError):
+        # Never an exception: whoever asks is being killed and has seconds to note what it knows.
         return Ended.UNKNOWN
     if again:
         return Ended.REQUEUED
@@ -94,17 +101,22 @@ def submit(words: Sequence[str], known: Collection[str] = ()) -> str:
         SlurmError: refused.
     """
     name = next(w.removeprefix("--job-name=") for w in words if w.startswith("--job-name="))
+    # "--parsable" prints "id" or, on federated clusters, "id;cluster".
     return ask(words, lost=lambda: _appeared(name, known)).strip().split(";")[0]
 
 
 def _appeared(name: str, known: Collection[str]) -> str:
+    # %F is the id of the whole array, as sbatch prints it; %i would be that of each task.
     query = ["squeue", "--noheader", "--states=all", f"--name={name}", "--format=%F"]
+    # sbatch can fail after slurmctld has taken the job (its answer timed out): submitting again
+    # without looking would train the same member twice.
     return next((job for job in ask(query).split() if job not in known), "")
 
 
 def cancel(job_ids: Sequence[str]) -> None:
     """Cancel jobs; those that have ended meanwhile do not matter."""
     if job_ids:
+        # --quiet: jobs that are over are no error.
         ask(["scancel", "--quiet", *job_ids])
 
 
@@ -139,10 +151,12 @@ def ask(
         if result.returncode == 0:
             return result.stdout + (result.stderr if with_errors else "")
         message = result.stderr.strip()
+        # Only the controller's absence is waited for; a refusal would be the same again.
         if not _controller_away(message) or time.monotonic() > deadline:
             raise SlurmError(f"{shlex.join(words)}: {message or f'exit code {result.returncode}'}")
         print(f"{words[0]}: {message}; asking again", file=sys.stderr, flush=True)
         time.sleep(pause)
+        # Doubling: hundreds of tasks that ask a controller which restarts must not keep it down.
         pause = min(2 * pause, 30.0)
         found = lost() if lost is not None else ""
         if found:
@@ -150,6 +164,9 @@ def ask(
 
 
 def _controller_away(message: str) -> bool:
+    # Texts of Slurm's own errors (slurm_strerror); there is no exit code for it (always 1).
+    # "slurm_load_jobs" stands before every failure of squeue, also before the one for an unknown
+    # id.
     signs = ("Unable to contact", "Socket timed out", "Connection refused", "slurm_load_jobs",
              "Zero Bytes were transmitted", "Communication connection failure")  # fmt: skip
     return any(sign in message for sign in signs) and "Invalid job id" not in message

@@ -102,6 +102,7 @@ def run_tag(recipe: Recipe) -> str:
     try:
         return recipe.paths.tag.read_text().strip()
     except FileNotFoundError:
+        # Names are the only key to jobs; two users' runs of one recipe must not share them.
         digest = hashlib.sha256(str(recipe.paths.root.resolve()).encode()).hexdigest()
         return f"{recipe.name}-{digest[:8]}"
 
@@ -164,10 +165,13 @@ def look(recipe: Recipe, patience_s: float = slurm.PATIENCE_S) -> Look:
         index = stage.member - after
         stages[_job_name(tag, stage.kind, stage.iteration, after), index] = stage.name
     names = ",".join(sorted({name for name, _ in stages}))
+    # --array: one line per task, also for tasks that are still pending together.
     words = ["squeue", "--noheader", "--array", "--states=all", f"--name={names}"]
     found = Look()
     for line in slurm.ask([*words, "--format=%j|%F|%K|%T|%r"], patience_s).splitlines():
+        # At most 4 splits: a reason is free text and may hold the separator.
         name, job, array_index, state, reason = line.split("|", 4)
+        # %K is "N/A" for jobs that are no array.
         index = int(array_index) if array_index.isdigit() else 0
         found.ids.add(job)
         # Somebody else's jobs of these names, and this one's own, are not the run's.
@@ -198,6 +202,7 @@ def job_shape(recipe: Recipe, kind: str, iteration: int = 0, member: int = 0) ->
     memory = cluster["memory"] if memory is None else memory
     options += [f"--cpus-per-task={cpus}"] if cpus else []
     options += [f"--mem={memory}"] if memory is not None else []
+    # The driver is a small script: a node of its own would be wasted on it.
     options += ["--exclusive"] if cluster["exclusive"] and RESOURCES[kind] != "driver" else []
     time_limit, nodes = str(wanted["time"]), _nodes(recipe, kind, iteration, member)
     return JobShape(nodes, gpus, time_limit, (*options, *map(str, wanted["options"])))
@@ -241,8 +246,13 @@ def sbatch_stage(
     if first.kind == MEMBER:
         throttle = recipe.values["launcher"]["throttle"]
         indices = _ranges([stage.member - after_member for stage in stages])
+        # Indices are the members' numbers, so a later array may hold only those that are missing.
+        # (Heterogeneous jobs cannot be arrays, so servers share the member's own allocation.)
         words += [f"--array={indices}{f'%{throttle}' if throttle else ''}"]
+        # B: only the batch script gets it, which passes it on to the program alone. Slurm sends it
+        # up to 60 s early (seen: 56 s before the limit for @30).
         words += [f"--signal=B:USR1@{cluster['signal_margin_s']}"]
+        # The script puts the array index into the braces.
         name = f"{name.rsplit('_', 1)[0]}_{{:02d}}"
     words += [f"--dependency={dependency}:{':'.join(after)}"] if after else []
     script = [str(shared("slurm") / "task.sh"), cluster["python"]]
@@ -287,9 +297,12 @@ def _sbatch(
     output = "%A_%a.txt" if kind == MEMBER else "%j.txt"
     words = ["sbatch", "--parsable", f"--job-name={name}", f"--account={cluster['account']}"]
     words += [f"--partition={partition}", f"--time={shape.time}", f"--nodes={shape.nodes}"]
+    # --requeue: without it, a site's default may leave a job dead after a node failure.
     words += ["--ntasks-per-node=1", *shape.options, "--requeue", "--kill-on-invalid-dep=yes"]
+    # Appended: a requeued job opens the same file again and would truncate it.
     words += [f"--output={logs}/{name}.{output}", "--open-mode=append"]
     words += [f"--chdir={chdir or checkout()}"]
     pairs = {"NEMO_WARP_ROOT": str(checkout()), "NEMO_WARP_PYTHON": cluster["python"]}
     pairs |= {key: str(value) for key, value in cluster["environment"].items()}
+    # ALL: the environment was cleaned before (environment.for_slurm), and sites need their modules.
     return [*words, "--export=ALL," + ",".join(f"{k}={v}" for k, v in pairs.items())]

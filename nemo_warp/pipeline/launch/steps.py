@@ -46,6 +46,8 @@ class Allocation:
 def slurm_allocation(cluster: dict[str, Any], gpus_per_node: int, job: str) -> Allocation:
     """The allocation of the Slurm job this process runs in."""
     nodes = os.environ["SLURM_JOB_NODELIST"]
+    # By scontrol, since "node[01-03,07]" has more forms than anybody wants to parse. The batch
+    # host, where this runs, is the first of them.
     hosts = tuple(slurm.ask(["scontrol", "show", "hostnames", nodes]).split())
     return Allocation(cluster["step_python"], hosts, cluster, gpus_per_node, job)
 
@@ -88,6 +90,7 @@ class Step:
 
     def needs_port(self) -> bool:
         """Whether the ranks are started by several processes, which must be told where to meet."""
+        # On one node ranks are forked by one process, which finds a free port by itself.
         return len(self.hosts) > 1 or self.mpi
 
     def _ranks(self, allocation: Allocation, master_port: int) -> list[str]:
@@ -130,12 +133,17 @@ def srun(step: Step, allocation: Allocation) -> list[str]:
     gpus = allocation.gpus_per_node if step.gpus else 0
     tasks = step.processes_per_node if step.mpi else 1
     words = ["srun", f"--nodes={nodes}", f"--ntasks={nodes * tasks}", f"--ntasks-per-node={tasks}"]
+    # --overlap: a step may share nodes and processors with the steps beside it (actor and reward
+    # server); without it the second srun waits until the first is over. --cpu-bind=none: Slurm
+    # would bind each step's single task, and all ranks below it, to one core.
     words += [f"--nodelist={','.join(step.hosts)}", "--overlap", "--cpu-bind=none"]
     if step.mpi:
         # Ranks that end one after the other must not take the rest along: `ranks` sees to it.
         words += [f"--mpi={cluster['mpi']}", "--distribution=block", "--overcommit"]
         words += ["--kill-on-bad-exit=0", "--wait=0"]
     else:
+        # One task per node, and their ranks are started by `ranks`: a node that is lost ends the
+        # step.
         words += ["--mpi=none", "--kill-on-bad-exit=1"]
     words += [f"--job-name={step.name}"]
     words += gpu_options(cluster, gpus) if allocation.gpus_per_node else []
@@ -202,6 +210,9 @@ class RunningStep:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
                 pass_fds=(lock,),
+                # If this process is killed with SIGKILL, the kernel tells the step
+                # (PR_SET_PDEATHSIG): a server or a rank must not outlive the attempt and hold its
+                # GPUs.
                 preexec_fn=lambda: die_with_parent(signal.SIGTERM),
             )
         except OSError as error:
@@ -227,6 +238,7 @@ class RunningStep:
     def kill(self) -> None:
         """End every process of the step at once."""
         try:
+            # The process group: ranks and their data loaders are children of the step's process.
             os.killpg(self._process.pid, signal.SIGKILL)
         except ProcessLookupError:
             return

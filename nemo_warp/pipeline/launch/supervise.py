@@ -65,6 +65,8 @@ class Supervisor:
 
     def run(self) -> Outcome:
         """Run to the end of the first step, and end all others."""
+        # The handler only remembers: what to do is decided between polls, never inside a system
+        # call.
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._remember)
         running: list[RunningStep] = []
@@ -76,6 +78,7 @@ class Supervisor:
             early = self._await_servers([s.endpoint for s in servers if s.endpoint])
             if early is not None:
                 return early
+            # After the servers are up: what an earlier attempt left is no hindrance to them.
             programs.prepare(self._recipe, self._stage)
             for step in programs.programs(
                 self._recipe, self._stage, self._request, self._allocation, self._directory
@@ -89,6 +92,7 @@ class Supervisor:
         except OSError as error:  # a full disk, EIO: the next attempt may meet a better day
             return Outcome(exit_codes.FAILED, f"{type(error).__name__}: {error}")
         finally:
+            # The program before its servers, which it may still ask for its last rewards.
             stop_all([*running, *self._servers], _SERVER_GRACE_S, time.sleep)
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
@@ -120,6 +124,8 @@ class Supervisor:
         job = self._allocation.job
         if job and self._ended is None:
             found = slurm.why_ended(job)
+            # Without a signal an unanswered question proves nothing; with one, Slurm is what sent
+            # it.
             self._ended = None if found is Ended.UNKNOWN and self._signal is None else found
             if self._ended is Ended.CANCELLED:
                 cancelled.note(self._recipe.paths.stage(self._stage.name), job)
@@ -133,12 +139,15 @@ class Supervisor:
         wishes = (signal.SIGINT,) if self._allocation.job else (signal.SIGINT, signal.SIGTERM)
         asked = self._signal in wishes or self._recipe.paths.stop.exists()
         asked = asked or self._ended is Ended.CANCELLED
+        # A cancelled or requeued job must not requeue itself: Slurm has decided already.
         again = self._ended in (None, Ended.TIME_LIMIT)
         return Outcome(exit_codes.STOPPED_RESUMABLE, reason, asked, again)
 
     def _lost_server(self) -> Outcome | None:
         for server in self._servers:
             if server.exit_code is not None:
+                # A server that ends with 0 is lost all the same, and 0 would mean that the attempt
+                # is done.
                 code = server.exit_code or exit_codes.REWARDS_FAILED
                 said = self._last_error(f"{server.name}.log")
                 return Outcome(code, f"{server.name} ended with exit code {server.exit_code}{said}")
@@ -151,6 +160,8 @@ class Supervisor:
         while not all(endpoint.exists() for endpoint in endpoints):
             lost, asked = self._lost_server(), self._asked()
             if asked is None and lost is not None:
+                # The server may have died of the same SIGTERM that this process has not been told
+                # of yet.
                 asked = self._ended_by_slurm()
             if asked is not None:
                 return self._stopped(asked)
@@ -174,6 +185,7 @@ class Supervisor:
             lost, asked = lost or self._lost_server(), asked or self._asked()
             now = time.monotonic()
             if lost is not None or asked is not None:
+                # The grace begins with the first reason to stop; later ones do not prolong it.
                 deadline = deadline or now + self._recipe.values["retries"]["stop_grace_s"]
                 if now >= next_signal:
                     program.send(programs.stop_signal(self._stage))
@@ -186,6 +198,7 @@ class Supervisor:
     def _outcome(self, program: RunningStep, lost: Outcome | None, asked: str | None) -> Outcome:
         code = program.exit_code
         assert code is not None
+        # Done is done, whatever was asked meanwhile.
         if code == exit_codes.DONE:
             return Outcome(code, "done")
         ended = self._ended_by_slurm()  # it may have warned only, when it sent SIGTERM
