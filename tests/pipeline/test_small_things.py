@@ -19,11 +19,13 @@ from nemo_warp.cli import main
 from nemo_warp.pipeline.commands.estimate import costs, disk_bytes, wall_hours
 from nemo_warp.pipeline.commands.run import refuse_other_code
 from nemo_warp.pipeline.disk import locks
+from nemo_warp.pipeline.disk.contents import refuse_twins
 from nemo_warp.pipeline.disk.opening import open_run
 from nemo_warp.pipeline.disk.state import QueuedJob, Status, inspect
 from nemo_warp.pipeline.launch import slurm, slurm_jobs
 from nemo_warp.pipeline.launch.rounds import submit_round
 from nemo_warp.pipeline.recipe.load import Recipe, load_recipe
+from nemo_warp.records import Completion, RecordError
 
 
 @pytest.fixture
@@ -257,6 +259,18 @@ def test_a_stage_that_failed_for_good_is_told_at_once(tmp_path: Path) -> None:
     assert driver.returncode == exit_codes.FAILED
 
 
+def test_equal_orders_of_prompts_say_nothing_equal_seeds_do() -> None:
+    """With one prompt, or duplicates of one, every order is the same."""
+
+    def member(seed: int) -> Completion:
+        details = {"seed": seed, "prompt_order_hash": "of one prompt"}
+        return Completion("member", "", {}, details, "")
+
+    refuse_twins({"member_01": member(1), "member_02": member(2)})
+    with pytest.raises(RecordError, match=r"member_03 and member_01 have the same seed \(1\)"):
+        refuse_twins({"member_01": member(1), "member_02": member(2), "member_03": member(1)})
+
+
 def test_logs_follow_until_the_stage_has_ended(tmp_path: Path) -> None:
     sandbox = Sandbox(tmp_path)
     sandbox.save(iterations=1)
@@ -314,10 +328,10 @@ def test_another_scheduler_can_drive_what_plan_says(sandbox: Sandbox, capsys) ->
     other = Sandbox(sandbox.directory / "other")
     other.save(iterations=1)
     assert other.call()[0] == exit_codes.DONE
-    sandbox.fault("iteration_01/member_01", "exit-2")
-    assert sandbox.call()[0] == exit_codes.FAILED  # makes the run directory
-    (sandbox.run_directory / "faults" / "iteration_01.member_01").unlink()
-    shutil.rmtree(sandbox.run_directory / "iteration_01")
+    assert main(["run", str(sandbox.recipe), "--prepare"]) == 0
+    assert sorted(p.name for p in sandbox.run_directory.iterdir()) == [
+        "inputs.json", "locks", "recipe.yaml",
+    ]  # fmt: skip
     done: set[str] = set()
     for stage in plan["stages"]:
         assert set(stage["needs"]) <= done

@@ -145,6 +145,22 @@ def preempted(make: Callable) -> None:
     assert made == [2, 1]
 
 
+def a_colleagues_plain_run(make: Callable) -> None:
+    """Without launcher.kind=slurm: what is queued stays what it is, and runs where it should."""
+    sandbox = _started(make, "colleague")
+    before = _ids(sandbox)
+    code, output = sandbox.call("run", "launcher.kind=local")
+    assert code == 2, output
+    assert "launcher.kind: " in output
+    assert "still at work or queued" in output
+    assert _ids(sandbox) == before
+    sandbox.release()
+    sandbox.wait_until_done()
+    assert sandbox.attempt("iteration_01/merge", 0)["slurm"]["SLURM_JOB_ID"]
+    sandbox.wait_until_queue_is_empty()
+    assert sandbox.call("run", "launcher.kind=local")[0] == 0, "once nothing is queued"
+
+
 def told_by_signal(make: Callable) -> None:
     """SIGUSR1 is ours (before the time limit): saved, requeued, done."""
     sandbox = _started(make, "told")
@@ -271,6 +287,7 @@ SCENARIOS = [
     everything,
     preempted,
     told_by_signal,
+    a_colleagues_plain_run,
     members_that_differ,
     answers_lost,
     as_documented,

@@ -65,6 +65,7 @@ def test_an_operators_day(make_sandbox: Callable[..., SlurmSandbox]) -> None:
         "iteration_01/evaluation", "iteration_02/member_01", "iteration_02/member_02",
     }  # fmt: skip
     assert all("the lexicon is gone" in reason for reason in failed.values()), failed
+    assert all(sandbox.attempts(name) == 1 for name in failed), "for good: nobody retries it"
     done = _finished_members(sandbox)
     assert set(done) == {"iteration_01/member_01", "iteration_01/member_02"}
 

@@ -198,22 +198,28 @@ def _newest_intact(checkpoints: list[Path]) -> Path:
     """The newest checkpoint whose bytes are as they were written; damaged ones are moved aside.
 
     Raises:
-        RecordError: every checkpoint is damaged.
+        RecordError: every checkpoint is damaged. All stay where they are: with none there, the
+            next attempt would begin at step 0 without a word.
     """
-    damage = ""
+    damaged: dict[Path, str] = {}
     for checkpoint in reversed(checkpoints):
-        found = damage_of(checkpoint)
-        if found is None:
+        damage = damage_of(checkpoint)
+        if damage is None:
+            _move_aside(damaged, checkpoint)
             return checkpoint
-        damage = damage or found
-        logging.warning(f"{found}; going on from an older checkpoint if there is one")
+        damaged[checkpoint] = damage
+    raise RecordError(
+        f"{damaged[checkpoints[-1]]}, and there is no older one that is intact; remove "
+        f"{checkpoints[0].parent} to start the member again"
+    )
+
+
+def _move_aside(damaged: dict[Path, str], intact: Path) -> None:
+    for checkpoint, damage in damaged.items():
+        logging.warning(f"{damage}; going on from {intact.name}")
         if torch.distributed.get_rank() == 0:
             checkpoint.rename(checkpoint.with_name(f"damaged_{checkpoint.name}"))
-        torch.distributed.barrier()
-    raise RecordError(
-        f"{damage}, and there is no older one that is intact; remove {checkpoints[0].parent} to "
-        "start the member again"
-    )
+    torch.distributed.barrier()
 
 
 def _tokenize(config: Any, model: Any, name: str, lines: list[PromptLine]) -> list[Prompt]:

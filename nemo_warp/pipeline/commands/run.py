@@ -46,6 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     add_recipe(parser)
     add_redo(parser)
+    parser.add_argument(
+        "--prepare", action="store_true",
+        help="make the run directory and start nothing: another scheduler does (plan --json)",
+    )  # fmt: skip
 
 
 @in_words
@@ -55,17 +59,35 @@ def main(args: argparse.Namespace) -> int:
     if recipe.paths.stop.exists():
         print(f"stopped: {recipe.paths.stop} exists; nemo-warp resume {recipe.paths.root}")
         return exit_codes.STOPPED_RESUMABLE
+    if args.prepare:
+        prepare(recipe, args.redo, args.other_code)
+        print(f"{_short(recipe.paths.root)} is ready; nothing was started")
+        return exit_codes.DONE
     return go(recipe, args.redo, args.other_code)
 
 
 def go(recipe: Recipe, redo: bool = False, other_code: bool = False) -> int:
-    """Open the run directory and hand over to the launcher.
+    """Open the run directory and hand over to the launcher; returns an exit code.
 
     Args:
         recipe: checked.
         redo: whether finished stages that a change touches may be made again.
         other_code: whether another version of this package may end an iteration.
     """
+    by_slurm = recipe.values["launcher"]["kind"] == "slurm"
+    prepare(recipe, redo, other_code)
+    if by_slurm:
+        code = run_round(recipe)
+        housekeeping.retain(recipe)
+    else:
+        code = _run_here(recipe)
+    _announce(recipe, code)
+    notify(recipe, code)
+    return code
+
+
+def prepare(recipe: Recipe, redo: bool = False, other_code: bool = False) -> None:
+    """Check the recipe and open its run directory; the arguments are those of `go`."""
     check_before_start(recipe)
     by_slurm = recipe.values["launcher"]["kind"] == "slurm"
     with locks.hold(recipe.paths.driver_lock, 120.0 if by_slurm else 0.0):
@@ -77,14 +99,6 @@ def go(recipe: Recipe, redo: bool = False, other_code: bool = False) -> int:
         print(f"made again: {name} ({reason})")
     for name, reason in change.restarted.items():
         print(f"begins again: {name} ({reason})")
-    if by_slurm:
-        code = run_round(recipe)
-        housekeeping.retain(recipe)
-    else:
-        code = _run_here(recipe)
-    _announce(recipe, code)
-    notify(recipe, code)
-    return code
 
 
 def _run_here(recipe: Recipe) -> int:

@@ -1,5 +1,6 @@
 """Whole members: real generation, a real reward server, killed, stopped and resumed."""
 
+import errno
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from reward_servers import STRANGE, VADER, running
 
 from nemo_warp import exit_codes
 from nemo_warp.evidence.responses import read_responses, responses_file
-from nemo_warp.records import hash_file, read_completion
+from nemo_warp.records import RecordError, hash_file, read_completion
 
 pytestmark = pytest.mark.nemo
 
@@ -308,6 +309,79 @@ def test_renamed_checkpoint_is_refused(uninterrupted, tmp_path, capfd):
     code = run_ranks(run_main, 1, config, f"run.directory={member}")
     assert code == [exit_codes.FAILED]
     assert "is of step 4, but lies in step_00000009" in capfd.readouterr().err
+
+
+def _damage(checkpoint: Path) -> None:
+    """Six bytes change in the middle of the largest file, as on a failing disk."""
+    file = max((p for p in checkpoint.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    with file.open("r+b") as stream:
+        stream.seek(file.stat().st_size // 2)
+        found = stream.read(6)
+        stream.seek(-6, os.SEEK_CUR)
+        stream.write(bytes(byte ^ 0xFF for byte in found))
+
+
+def test_a_damaged_newest_checkpoint(uninterrupted, tmp_path, capfd):
+    """The older intact one is gone on from; with none, all stay and the message names them."""
+    shutil.copytree(uninterrupted, tmp_path / "copy")
+    member = tmp_path / "copy/member"
+    checkpoints = member / "checkpoints"
+    (member / "completion.json").unlink()
+    config = uninterrupted / "config-tp1-pp1-dp1.yaml"
+    for step in (2, 4):
+        _damage(checkpoints / f"step_{step:08d}")
+    before = hash_file(checkpoints)
+    assert run_ranks(run_main, 1, config, f"run.directory={member}") == [exit_codes.FAILED]
+    said = capfd.readouterr().err
+    assert f"no older one that is intact; remove {checkpoints} to start the member again" in said
+    assert "anchor" not in said.partition("error: ")[2]
+    assert hash_file(checkpoints) == before
+    shutil.rmtree(checkpoints / "step_00000002")
+    kept = uninterrupted / "member/checkpoints/step_00000002"
+    shutil.copytree(kept, checkpoints / "step_00000002")
+    assert run_ranks(run_main, 1, config, f"run.directory={member}") == [exit_codes.DONE]
+    assert (checkpoints / "damaged_step_00000004").is_dir()
+    ours, theirs = (read_completion(d / "member") for d in (tmp_path / "copy", uninterrupted))
+    assert ours.files["policy.nemo"] == theirs.files["policy.nemo"]
+
+
+def test_full_disks_are_named_whatever_the_writer_says(nemo, tmp_path, monkeypatch):
+    """torch and Megatron's writers wrap the error, or do not know it themselves."""
+    from nemo_warp.aligner.weights import training_checkpoint
+
+    def write() -> None:
+        try:
+            with open("/dev/full", "wb", buffering=0) as stream:
+                stream.write(b"0")
+        except OSError as error:
+            raise RuntimeError("file write failed") from error
+
+    telling = training_checkpoint.telling_full_disks
+    said = f"no space left on the disk of {tmp_path} .*make room"
+    with pytest.raises(RecordError, match=said), telling(tmp_path):
+        write()
+    with pytest.raises(RuntimeError, match="another"), telling(tmp_path):
+        raise RuntimeError("another")
+    full = shutil.disk_usage(tmp_path)._replace(free=4096)
+    monkeypatch.setattr(training_checkpoint.shutil, "disk_usage", lambda _: full)
+    with pytest.raises(RecordError, match=r"\(0 MB free\)"), telling(tmp_path):
+        raise RuntimeError("unexpected pos 704 vs 598")
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(nemo, tmp_path, monkeypatch):
+    from nemo_warp.aligner.weights import training_checkpoint
+
+    told = []
+
+    def busy(path) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+
+    monkeypatch.setattr(training_checkpoint.shutil, "rmtree", busy)
+    monkeypatch.setattr(training_checkpoint.logging, "warning", told.append)
+    training_checkpoint._remove(tmp_path / "step_00000002")
+    assert len(told) == 1
+    assert f"cannot remove the old checkpoint {tmp_path}/step_00000002" in told[0]
+    assert "Device or resource busy" in told[0]
 
 
 def test_two_runs_in_one_directory(materials, member_vader, tmp_path, capfd):

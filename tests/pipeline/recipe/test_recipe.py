@@ -185,7 +185,8 @@ def test_bad_recipes_end_with_a_sentence_and_code_2(sandbox: Sandbox) -> None:
 
 
 def test_every_recipe_in_the_repository_is_valid() -> None:
-    files = [f for f in ROOT.glob("recipes/*/*.yaml") if f.name != "pretrain.yaml"]
+    others = ("pretrain.yaml", "study")  # of the tiny SFT model; of `nemo-warp study`
+    files = [f for f in ROOT.glob("recipes/*/*.yaml") if not {*others} & {f.name, f.parent.name}]
     names = []
     for file in files:
         recipe = load_recipe(file, files_here=False)
