@@ -23,9 +23,11 @@ def best_of(scores: np.ndarray, n: int, values: np.ndarray | None = None) -> np.
         ValueError: fewer than ``n`` responses, or a score that failed.
     """
     scores = _complete(scores, n)
+    # Stable, so that ties are ordered the same way everywhere.
     order = np.argsort(scores, axis=1, kind="stable")
     ordered = np.take_along_axis(scores if values is None else np.asarray(values), order, axis=1)
     rank = np.arange(1, scores.shape[1] + 1)
+    # Logarithms: C(10000, 5000) is no float64, the ratio of two such numbers is.
     return ordered @ np.exp(_log_choose(rank - 1, n - 1) - _log_choose(scores.shape[1], n))
 
 
@@ -62,6 +64,7 @@ def _complete(scores: np.ndarray, n: int) -> np.ndarray:
         raise ValueError(
             f"{found} responses a prompt, but {n} are asked for: evaluate with more generations"
         )
+    # A missing score is no low score: with it left out the maximum would be of fewer responses.
     if np.isnan(scores).any():
         raise ValueError("a score is missing: leave out the prompts whose scores failed")
     return scores

@@ -12,6 +12,7 @@ def reward_at(kls: Sequence[float], rewards: Sequence[float], kl: float) -> floa
     """Reward at ``kl`` nats, linear between measured points; NaN outside of them."""
     order = np.argsort(kls, kind="stable")
     x, y = np.asarray(kls, float)[order], np.asarray(rewards, float)[order]
+    # Never beyond the measured points: what a front does there is not known.
     return float(np.interp(kl, x, y)) if len(x) and x[0] <= kl <= x[-1] else float("nan")
 
 
@@ -74,6 +75,8 @@ def at_budget(
             f"a budget of {budget:g} nats is outside of the front, whose KL goes from {low:.3g} to "
             f"{high:.3g}; measure more kappas"
         )
+    # The last point under the budget and the first over it behind that one: where KL does not grow
+    # with kappa, an earlier crossing would give the smaller policy.
     left = max(below)
     right = min((p for p in above if p[0] > left[0]), default=None)
     if right is None:
@@ -84,6 +87,8 @@ def at_budget(
     for _ in range(max_measurements):
         if budget - left[1] <= tolerance:
             return Found(*left)
+        # Aimed half a tolerance below the budget, so that a small error of the line still lands
+        # inside. Rounded, because kappa is printed, put into file names and typed again.
         kappa = round(_between(left, right, budget - tolerance / 2), 6)
         kl = measure(kappa)
         if kl <= budget:
@@ -99,4 +104,5 @@ def at_budget(
 def _between(left: tuple[float, float], right: tuple[float, float], kl: float) -> float:
     """Linear interpolation of kappa, kept away from the ends of the bracket."""
     share = (kl - left[1]) / (right[1] - left[1])
+    # Without it regula falsi creeps towards the budget from one side.
     return left[0] + min(max(share, 0.1), 0.9) * (right[0] - left[0])

@@ -71,8 +71,11 @@ def over_prompts(values: np.ndarray, seed: int = 0) -> Interval:
         np.mean,
         n_resamples=RESAMPLES,
         confidence_level=CONFIDENCE,
+        # BCa corrects bias and skew: rewards near their upper bound have a skewed mean.
         method="BCa",
         random_state=np.random.default_rng(seed),
+        # Resamples are drawn in batches of 2^22 numbers (32 MB); all 9999 at once would take 80 kB
+        # for each prompt.
         batch=max(1, 2**22 // len(means)),
     ).confidence_interval
     return Interval(mean, float(found.low), float(found.high), len(means))
@@ -90,6 +93,7 @@ def paired_difference(first: np.ndarray, second: np.ndarray, seed: int = 0) -> I
     """
     if len(first) != len(second):
         raise ValueError(f"{len(first)} prompts on one side, {len(second)} on the other")
+    # NaN on one side makes the difference NaN: that prompt is left out of both.
     return over_prompts(_row_means(first) - _row_means(second), seed)
 
 
@@ -102,6 +106,7 @@ def over_seeds(values: np.ndarray) -> Interval:
     mean = float(values.mean())
     if len(values) < 2:
         return Interval(mean, np.nan, np.nan, len(values))
+    # sem divides by n - 1, as t wants it.
     half = stats.t.ppf(0.5 + CONFIDENCE / 2, len(values) - 1) * stats.sem(values)
     return Interval(mean, float(mean - half), float(mean + half), len(values))
 
@@ -112,6 +117,7 @@ def _row_means(values: np.ndarray) -> np.ndarray:
     if values.ndim == 1:
         return values
     scored = ~np.isnan(values)
+    # By hand: np.nanmean warns for a row without any number, and warnings are errors in the tests.
     count = scored.sum(1)
     total = np.where(scored, values, 0.0).sum(1)
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)

@@ -41,11 +41,14 @@ def by_scores(first: np.ndarray, second: np.ndarray, tie_within: float = 0.0) ->
     Raises:
         ValueError: the numbers of prompts differ, or nothing can be compared.
     """
+    # Transposed twice: atleast_2d puts a new axis in front, and [P] has to become [P, 1].
     first, second = (np.atleast_2d(np.asarray(x, dtype=np.float64).T).T for x in (first, second))
     if len(first) != len(second):
         raise ValueError(f"{len(first)} prompts on one side, {len(second)} on the other")
+    # [P, G1, G2]: within a prompt every response meets every other's, which uses all of them.
     gap = first[:, :, None] - second[:, None, :]
     outcome = np.where(np.abs(gap) <= tie_within, 0.5, (gap > 0).astype(float))
+    # NaN compares as False and would count as a loss.
     outcome = np.where(np.isnan(gap), np.nan, outcome).reshape(len(first), -1)
     return _side_by_side(outcome)
 
@@ -97,6 +100,7 @@ def length_controlled_rate(outcomes: np.ndarray, length_gaps: np.ndarray) -> flo
             f"{len(outcomes)} comparisons, at least 2 are needed to control for length"
         )
     spread = gaps.std()
+    # Bounded, so that a single very long response does not decide the slope.
     feature = np.tanh(gaps / spread) if spread > 0 else np.zeros_like(gaps)
 
     def loss(weights: np.ndarray) -> float:
@@ -114,6 +118,7 @@ def grades_of(verdicts: Sequence[str]) -> np.ndarray:
     """Grades of verdicts such as ``A much better``, ``B better``, ``tie``; NaN for other words."""
     grades = []
     for verdict in verdicts:
+        # Language models add full stops, capitals and spaces.
         text = " ".join(verdict.lower().replace(".", " ").split())
         side, _, word = text.partition(" ")
         if text == "tie":

@@ -86,6 +86,8 @@ def read_responses(path: Path) -> Responses:
         missing = [key for key in REQUIRED if key not in record]
         if missing:
             raise RecordError(f"{path}, line {number} has no '{missing[0]}': not a response")
+        # By place: lines may come in the order in which ranks wrote them, and a repeated one
+        # replaces.
         by_place[int(record["prompt_index"]), int(record["generation"])] = record
     indices = sorted({index for index, _ in by_place})
     generations = sorted({generation for _, generation in by_place})
@@ -124,6 +126,7 @@ def common_prompts(first: Responses, second: Responses) -> tuple[np.ndarray, np.
 def _records(path: Path) -> Iterable[dict[str, Any]]:
     try:
         data = path.read_bytes()
+        # Recognised by its first bytes and not by the name: people unpack and rename such files.
         text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode()
         records = [json.loads(line) for line in text.split("\n") if line]
     except FileNotFoundError:

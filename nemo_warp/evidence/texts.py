@@ -21,10 +21,12 @@ def similarity(first: Sequence[str], second: Sequence[str]) -> np.ndarray:
     Raises:
         ValueError: the numbers of texts differ.
     """
+    # Here and not at the top: it costs half a second, and most comparisons need no BLEU.
     from sacrebleu.metrics import BLEU
 
     if len(first) != len(second):
         raise ValueError(f"{len(first)} first generations, but {len(second)} second ones")
+    # Short responses have no 4-grams: without it their BLEU would be 0.
     bleu = BLEU(effective_order=True)
 
     def one(text: str, other: str) -> float:

@@ -59,6 +59,7 @@ def _length(first: Mapping[str, Any], last: Mapping[str, Any], limit: float | No
     if limit is None or not before or not now:
         return ""
     ratio = now / before
+    # Symmetric in the ratio: half as long is as large a change as twice as long.
     if 1 / (1 + limit) <= ratio <= 1 + limit:
         return ""
     way = "grew" if ratio > 1 else "shrank"

@@ -56,6 +56,7 @@ def with_scores(responses: Responses, endpoint_file: Path) -> Responses:
         prompts = [
             p for p, row in zip(responses.prompts, responses.texts, strict=True) for _ in row
         ]
+        # No run id was given: a server that is asked by hand may belong to any run.
         scores = client.score(prompts, texts)
     except RewardError as error:
         raise RecordError(str(error)) from error
@@ -82,6 +83,7 @@ def verdicts(
     pairs = [
         (first.prompts[i], a, b)
         for i, j in zip(ours, theirs, strict=True)
+        # Generation by generation, as many as both have: a language model costs money per question.
         for a, b in zip(first.texts[i], second.texts[j], strict=False)
     ]
     with tqdm(
@@ -89,6 +91,7 @@ def verdicts(
     ) as bar:
         found = judge.both_orders(pairs, concurrency, bar.update)
     grades = grades_of(found.straight).reshape(len(ours), -1)
+    # 0.0 - x and not -x: a tie would become -0.0, which prints with a sign.
     swapped = 0.0 - grades_of(found.swapped).reshape(len(ours), -1)
     if np.isnan(grades).all() and np.isnan(swapped).all():
         raise RecordError(f"judge '{name}' gave no verdict on {len(pairs)} pairs: {found.reason}")

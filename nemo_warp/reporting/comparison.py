@@ -77,6 +77,7 @@ def _without_nan(value: Any) -> Any:
 
 
 def _two_policies(points: Sequence[Path], judges: Judges) -> tuple[str, dict]:
+    # First of all, since options that cannot be used should not wait for files to be read.
     asked = [(model, llm_judge(model, options)) for model, options in judges.llm.items()]
     first, second = (read_responses(path) for path in points)
     files, names = endpoint_files(judges.names)
@@ -84,6 +85,7 @@ def _two_policies(points: Sequence[Path], judges: Judges) -> tuple[str, dict]:
         first, second = with_scores(first, file), with_scores(second, file)
         names.append(f"judge:{file.stem.removeprefix('endpoint_')}")
     found = [verdicts(first, second, *one, judges.concurrency) for one in asked]
+    # Where only language models were asked for, no other judge is added.
     chosen = judges_of(first, second, names) if names or not found else []
     return side_by_side.compare(first, second, chosen, judges.tie, found)
 
@@ -121,9 +123,11 @@ def _point(word: str) -> Path | None:
     except ValueError:
         return None
     run = Path(place)
+    # A run keeps its final front in front/, and what a search for a KL measured in pick/.
     folders = [place / DIRECTORY for place in (run, run / "front", run / "pick")]
     found: dict[float, Path] = {}
     for path in (p for folder in folders for p in sorted(folder.glob("*_*.jsonl.gz"))):
+        # Anchors are measured at the same steps as their policies, whose number was asked for.
         if not path.name.startswith("anchor_"):
             found.setdefault(float(path.name.removesuffix(".jsonl.gz").rpartition("_")[2]), path)
     if not found:

@@ -64,6 +64,7 @@ def compare(groups: Sequence[Group]) -> tuple[str, dict[str, Any]]:
     """
     # A policy of little KL would hide what the others do beyond it: the first group sets the range.
     limit = min(max(f.column("kl_to_sft")) for f in groups[0].fronts)
+    # One reference point for all groups, or their areas could not be compared.
     floor = max(min(f.column("reward")) for group in groups for f in group.fronts)
     kls = round_kls(limit)
     measured = {group.name: _measures(group, limit, floor, kls) for group in groups}

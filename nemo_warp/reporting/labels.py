@@ -42,10 +42,13 @@ def place_labels(axes: Axes, labels: Sequence[Label], points: np.ndarray) -> Non
         points: float [N, 2], what must stay visible, in the axes' units.
     """
     figure: Any = axes.figure
+    # Sizes of texts and of the legend are known only once the figure has been laid out.
     figure.draw_without_rendering()
     visible = axes.transData.transform(points)
     taken = [legend.get_window_extent()] if (legend := axes.get_legend()) is not None else []
     for label in labels:
+        # All eight are written, measured, and seven taken away again: matplotlib has no way to
+        # measure a text that is not there.
         written = [_write(axes, label, place) for place in _PLACES]
         boxes = [one.get_window_extent() for one in written]
         costs = [_covered(box, visible, taken, axes.bbox) for box in boxes]
@@ -77,4 +80,6 @@ def _covered(box: Bbox, points: np.ndarray, taken: Sequence[Bbox], inside: Bbox)
     hidden = int(((left <= x) & (x <= right) & (bottom <= y) & (y <= top)).sum())
     collisions = sum(box.overlaps(other) for other in taken)
     within = inside.x0 <= left and right <= inside.x1 and inside.y0 <= bottom and top <= inside.y1
+    # A label over a label is unreadable, one outside of the axes is ugly, one over a point hides
+    # one of many: hence 10, 5 and 1.
     return hidden + 10 * collisions + (0 if within else 5)

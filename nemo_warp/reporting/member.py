@@ -43,6 +43,7 @@ def draw_member(member: Path, output: Path) -> None:
     with matplotlib.rc_context(SETTINGS):
         figure = Figure(figsize=(9.6, 5.6), layout="constrained")
         axes = list(figure.subplots(2, 3).flat)
+        # Six panels for five metrics: the last one is the trajectory.
         for panel, ((title, unit), metrics) in zip(axes, PANELS.items(), strict=False):
             _draw_against_steps(panel, evals, train, metrics)
             label_axes(panel, "step", unit, title)
@@ -54,6 +55,8 @@ def _draw_against_steps(
     axes: Axes, evals: list[dict[str, Any]], train: list[dict[str, Any]], metrics: dict[str, str]
 ) -> None:
     for index, (key, label) in enumerate(metrics.items()):
+        # Behind a single held-out line the training batch shows how noisy it is; behind two it
+        # would be taken for a third.
         if len(metrics) == 1 and any(record.get(key) is not None for record in train):
             steps = column(train, "step")
             axes.plot(steps, column(train, key), color=MUTED, linewidth=0.7, label="training batch")

@@ -34,6 +34,7 @@ def draw_run(curves: Sequence[Curve], path: Path, title: str = "") -> None:
         axes.margins(0.05, 0.08)
         _legend_without_repeats(axes)
         fronts = [curve for curve in shown if curve.kind != "trajectory"]
+        # The final front's first: labels get their places in order of importance.
         labels = [label for curve in reversed(fronts) for label in _ends(curve)]
         place_labels(axes, labels, _points(shown))
         save(figure, path)

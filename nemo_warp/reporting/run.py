@@ -70,6 +70,7 @@ def read_run(run: Path) -> list[Curve]:
 def _trajectories(iteration: int, directory: Path) -> list[Curve]:
     curves = []
     for member, path in _numbered(directory, "member"):
+        # A member that has only begun has a directory and no metrics yet.
         if (path / "metrics.jsonl").exists():
             name = f"iteration {iteration}, member {member}"
             for kind, record, suffix in (
@@ -111,4 +112,5 @@ def _numbered(directory: Path, prefix: str) -> list[tuple[int, Path]]:
         entries = [(pattern.fullmatch(path.name), path) for path in directory.iterdir()]
     except OSError as error:
         raise RecordError(f"cannot list {directory}: {error.strerror}") from error
+    # As numbers: iteration_100 comes after iteration_99.
     return sorted((int(match[1]), path) for match, path in entries if match and path.is_dir())

@@ -97,6 +97,8 @@ def _with_best_divergences(record: dict[str, Any]) -> dict[str, Any]:
     for name in DIVERGENCES:
         if record.get(f"{name}_exact") is not None:
             best[name] = record[f"{name}_exact"]
+            # The error goes with the estimate, also where it is missing: the sampled one's would be
+            # too large.
             best[f"{name}_stderr"] = record.get(f"{name}_exact_stderr")
     return best
 

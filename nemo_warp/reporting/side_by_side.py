@@ -41,6 +41,7 @@ def compare(
         ValueError: no common prompt, or a judge has no score on one side.
     """
     ours, theirs = common_prompts(first, second)
+    # Tokens where both policies have them; characters where files came from elsewhere.
     length = next(n for n in LENGTHS if n in first.numbers and n in second.numbers)
     values: dict[str, Any] = {
         "first": first.source,
@@ -115,6 +116,7 @@ def _seen(
     grades = np.concatenate([seen.grades, seen.swapped], axis=1)
     outcome, score = by_verdicts(grades)
     pairs = seen.grades.shape[1]
+    # Twice: the same pairs are in `grades` in both orders.
     gaps = np.tile(a_length[:, :pairs] - b_length[:, :pairs], 2)
     given = ~np.isnan(grades) & ~np.isnan(gaps)
     controlled = length_controlled_rate((np.sign(grades[given]) + 1) / 2, gaps[given])

@@ -61,9 +61,11 @@ def save(figure: Figure, path: Path) -> None:
         "png": {"Software": None},
         "svg": {"Creator": None, "Date": None},
     }
+    # SVG ids are random otherwise.
     with matplotlib.rc_context({"svg.hashsalt": path.stem}):
         for form, metadata in unnamed.items():
             target = path.with_suffix(f".{form}")
+            # A page that is open in a browser never loads half a picture.
             temporary = target.with_name(f".{target.name}.partial")
             figure.savefig(temporary, format=form, metadata=metadata)
             temporary.replace(target)

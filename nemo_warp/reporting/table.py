@@ -34,6 +34,7 @@ def judge_columns(curves: Sequence[Curve]) -> list[str]:
 def csv_table(curves: Sequence[Curve]) -> str:
     """Every measurement, one a row, in full precision; what was not measured is empty."""
     text = io.StringIO()
+    # csv's default is CRLF on every system.
     writer = csv.writer(text, lineterminator="\n")
     judges = judge_columns(curves)
     writer.writerow([*COLUMNS, *(f"judge:{name}" for name in judges)])
@@ -75,6 +76,7 @@ def round_kls(largest: float) -> list[float]:
     if largest <= 0:
         return []
     magnitude = 10.0 ** np.floor(np.log10(largest / 10))
+    # At most ten multiples: 11 steps would have to pass the largest.
     step = next(m * magnitude for m in (1, 2, 5, 10) if m * magnitude * 11 > largest)
     return [step * number for number in range(1, int(largest / step) + 1)]
 

@@ -41,8 +41,11 @@ def load_callable(specification: str, options: dict[str, Any]) -> Scorer:
     found = _find(specification)
     try:
         if inspect.isclass(found):
+            # Bound before it is called: a TypeError of its own making, deep inside, would look the
+            # same.
             inspect.signature(found).bind(**options)
             score = _made(specification, found, options)
+            # bind_partial: further parameters are fields, which come with each prompt.
             inspect.signature(score).bind_partial("prompt", "response")
             return score
         inspect.signature(found).bind_partial("prompt", "response", **options)
@@ -51,6 +54,7 @@ def load_callable(specification: str, options: dict[str, Any]) -> Scorer:
             f"--callable {specification} cannot be called with a prompt, a response and the "
             f"options {sorted(options)}: {error}"
         ) from None
+    # Without options the callable itself: a partial would hide attributes such as `distributions`.
     return partial(found, **options) if options else found
 
 
@@ -98,6 +102,7 @@ def fingerprint(specification: str, options: dict[str, Any], score: Scorer | Non
     function = getattr(importlib.import_module(module_name), name)
     home = getattr(function, "__module__", None) or module_name
     source = getattr(sys.modules[home], "__file__", None)
+    # By distribution: an import name says nothing of versions (yaml is PyYAML).
     own = metadata.packages_distributions().get(home.partition(".")[0], [])
     undeciding = getattr(function, "undeciding", ())
     identity = getattr(score, "identity", None)
@@ -200,6 +205,7 @@ async def score_one_async(
 
 def is_async(score: Scorer) -> bool:
     """Whether it is a coroutine function, or an object that is called as one."""
+    # An object's own __call__ may be the coroutine function, which the object itself is not.
     return any(map(inspect.iscoroutinefunction, (score, type(score).__call__)))
 
 
@@ -248,6 +254,7 @@ def _checked(value: Any) -> Outcome:
     """The value in float32, or why it cannot be a reward; an exception among scores is a reason."""
     if isinstance(value, BaseException):
         return math.nan, reason_of(value)
+    # Rewards travel as float32 (NeMo-Aligner's protocol): 1e39 becomes infinite, and so a failure.
     with np.errstate(over="ignore"):
         number = float(np.float32(float(value)))
     return (number, "") if math.isfinite(number) else (math.nan, f"the reward returned {value}")

@@ -26,6 +26,9 @@ from nemo_warp.rewards.wire import Reply, Sample, check_ready, infer, problem_of
 
 log = logging.getLogger("nemo_warp.rewards")
 
+# Seconds. A turn is answered within `_TURN_TIMEOUT_S` also by a callable that takes minutes, so
+# that a server which does not answer at all is noticed soon. NeMo-Aligner waits 600000 s for one
+# request (servers/http_communicator.py l.41) and does not ask again.
 _MAX_BACKOFF_S = 60.0
 _CONNECT_POLL_S = 0.5
 _PROGRESS_S = 15.0
@@ -50,6 +53,7 @@ class RewardFuture:
             TimeoutError: not there within ``timeout`` seconds; ask again later.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
+        # The pending parts share one deadline: each waits for what the parts before it have left.
         left = (
             None if deadline is None else max(0.0, deadline - time.monotonic())
             for _ in iter(int, 1)
@@ -86,6 +90,8 @@ class RewardClient:
         self.run_id = run_id
         self.fingerprint = fingerprint
         self.needs: tuple[str, ...] = ()  # known once connected
+        # Changed by all threads without a lock: it is a guess at what fits, and any of their values
+        # will do.
         self._portion = self.settings.batch_size
         self._closing = threading.Event()
         self._pool = ThreadPoolExecutor(
@@ -138,6 +144,8 @@ class RewardClient:
         if len(given) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but fields of {len(given)}")
         samples = [
+            # Keys from the system's randomness and not from `random`: that is seeded by training,
+            # and two ranks with equal seeds would take each other's scores.
             Sample(prompt, response, more, secrets.randbits(63))
             for prompt, response, more in zip(prompts, responses, given, strict=True)
         ]
@@ -190,10 +198,13 @@ class RewardClient:
                 if failures > self.settings.retries:
                     found.give_up(str(error))
                 else:
+                    # An event and not sleep: `close` ends the waiting.
                     self._closing.wait(self._backoff(failures))
                 continue
             failures = 0
             found.keep(left, reply, self._patience())
+            # Growing slowly, halved at once: one text that takes long must not cost a time-out
+            # every time.
             step = -(-self.settings.batch_size // 8)
             self._portion = min(self.settings.batch_size, self._portion + step)
         return found.scores()
@@ -225,6 +236,8 @@ class RewardClient:
 
     def _backoff(self, attempt: int) -> float:
         wait = min(_MAX_BACKOFF_S, self.settings.backoff_s * 2 ** (attempt - 1))
+        # Jitter: all data-parallel ranks lose a server in the same moment, and would come back
+        # together.
         return wait * random.uniform(0.5, 1.5)
 
 
@@ -234,6 +247,7 @@ class _Found:
     def __init__(self, samples: Sequence[Sample]) -> None:
         self._values = np.full(len(samples), np.nan)
         self._reasons = [problem_of(sample) for sample in samples]
+        # A text that cannot be encoded is a failure of its own and never sent.
         self._left = [place for place, reason in enumerate(self._reasons) if not reason]
 
     def left(self, portion: int) -> list[int]:

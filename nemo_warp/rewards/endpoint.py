@@ -32,6 +32,7 @@ def served_name(run_id: str, fingerprint: str) -> str:
     """
     if not run_id:
         raise ValueError("the run id of a reward server must not be empty")
+    # 12 and 16 hex digits are 48 and 64 bits: enough to tell runs and rewards apart by chance.
     run = hashlib.sha256(run_id.encode()).hexdigest()[:_RUN_DIGITS]
     return f"reward-{run}-{fingerprint[:_REWARD_DIGITS]}"
 
@@ -85,6 +86,7 @@ class Endpoint:
         """
         try:
             raw = json.loads(path.read_text())
+            # Unknown keys are left out: a file of a later version is read by an earlier client.
             known = [field.name for field in fields(cls) if field.name in raw]
             values: dict[str, Any] = {
                 name: tuple(raw[name]) if isinstance(raw[name], list) else raw[name]

@@ -42,6 +42,7 @@ class FieldsTaken:
             parameters = list(inspect.signature(score).parameters.values())
         except ValueError:  # built-in functions have none
             return cls()
+        # The first two by position, whatever they are called.
         texts = [p.name for p in parameters if p.kind in _POSITIONAL][:2]
         named = [p for p in parameters if p.kind in _BY_NAME and p.name not in (*texts, *options)]
         return cls(

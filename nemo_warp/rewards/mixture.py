@@ -44,6 +44,8 @@ class RewardMixture:
                 reward["endpoint"],
                 parsed,
                 name=reward["name"],
+                # A server that several runs share belongs to none of them; its fingerprint is what
+                # identifies it.
                 run_id=None if reward.get("shared") else run_id,
                 fingerprint=reward.get("fingerprint"),
             )

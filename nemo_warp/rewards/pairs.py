@@ -43,7 +43,9 @@ def labelled_pairs(
     order = [place for place in range(len(texts)) if np.isfinite(scores[place])]
     random.Random(seed).shuffle(order)
     pairs = []
+    # Neighbours of a shuffled list: disjoint pairs in one pass.
     for first, second in zip(order[::2], order[1::2], strict=False):
+        # The least float32 above 0: equal scores are no pair, also with a gap of 0.
         if abs(scores[first] - scores[second]) >= max(min_gap, np.finfo(np.float32).tiny):
             better, worse = sorted((first, second), key=lambda place: -scores[place])
             pairs.append((texts[better], texts[worse]))

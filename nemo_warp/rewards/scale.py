@@ -38,6 +38,7 @@ class Scale:
 
     def of_each(self, scores: np.ndarray) -> np.ndarray:
         """Shifted, scaled and clipped scores, float64 of any shape; NaN stays NaN."""
+        # The very array where nothing is to be done: a reward without a scale keeps its bits.
         if self.shift == 0 and self.scale == 1 and self.clip is None:
             return scores
         scaled = (np.asarray(scores, np.float64) + self.shift) * self.scale

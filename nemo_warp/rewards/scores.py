@@ -70,6 +70,7 @@ def weighted_sum(
         weights: factors, by reward.
         scales: what each score becomes before it is weighted.
     """
+    # A reward of weight 0 is only watched: 0 * NaN would fail the sample.
     counted = [name for name, weight in weights.items() if weight != 0]
     num_samples = len(next(iter(parts.values())).failed)
     scores = np.zeros(num_samples)

@@ -57,6 +57,8 @@ class Sample:
     def begin(self) -> bool:
         """Whether it is to be scored now; one that nobody wants is settled here."""
         now = time.monotonic()
+        # Asked when it would begin, not when it was handed in: a client that gave up (its time-out,
+        # a requeue) leaves nothing that costs GPU time or money.
         if now > self.wanted_until:
             self.outcome.set_result(_DROPPED)
             return False
@@ -156,6 +158,7 @@ class Desk:
         while wait(outcomes, _TURN_S).not_done and not self._stopping.is_set():
             pass
         for sample in samples:
+            # What has not begun by now is dropped by whichever worker comes to it.
             sample.wanted_until = -math.inf
         return [outcome.result() if outcome.done() else _STOPPING for outcome in outcomes]
 
@@ -166,22 +169,27 @@ class Desk:
         fresh = []
         for key, sample in zip(keys, samples, strict=True):
             known = self._open.get(key)
+            # Asked for again after a lost answer: it is the same sample, and is not scored twice.
             if known is None or known.dropped:
                 self._open[key] = sample
                 fresh.append(sample)
             self._open[key].wanted_until = now + LEASE_S
         self.scoring.submit(fresh)
         asked = [self._open[key] for key in keys]
+        # For a moment, since most callables answer at once; the rest is asked for again.
         wait([sample.outcome for sample in asked], _FIRST_TURN_S if fresh else _TURN_S)
         states = [self._state(sample) for sample in asked]
         for key, (_, seconds) in zip(keys, states, strict=True):
             if seconds < 0:
+                # Settled and told. If the answer is lost on its way, the key is new and it is
+                # scored again.
                 del self._open[key]
         return states
 
     def _state(self, sample: Sample) -> State:
         if sample.outcome.done() and not sample.dropped:
             return sample.outcome.result(), -1.0
+        # One that waits in line is not stalled as long as the callable finishes others.
         since = sample.began or max(sample.asked, self.scoring.last_done)
         return (math.nan, ""), time.monotonic() - since
 

@@ -66,6 +66,8 @@ def _samples(
     cuts = [0] * len(texts) if prompt_lengths is None else prompt_lengths[:, 0].tolist()
     more = [{}] * len(texts) if fields is None else [json.loads(one) for one in fields[:, 0]]
     return [
+        # Characters, not bytes: the cut lies between two characters in any script. NeMo-Aligner's
+        # own client sends no cut: the whole text is then the response.
         Sample(text[:cut], text[cut:], one)
         for text, cut, one in zip(texts, cuts, more, strict=True)
     ]

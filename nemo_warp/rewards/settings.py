@@ -41,8 +41,10 @@ class RewardClientSettings:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
+            # bool is an int to Python: retries=true would be one retry.
             if not isinstance(value, int | float) or isinstance(value, bool):
                 raise ValueError(f"reward_client.{name} must be a number, got {value!r}")
+        # "not > 0" and not "<= 0": NaN fails both comparisons, and has to be refused.
         for name in ("ready_deadline_s", "request_timeout_s", "batch_size", "in_flight"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"reward_client.{name} must be > 0, got {getattr(self, name)}")

@@ -43,6 +43,8 @@ from nemo_warp.rewards.errors import RewardError
 
 log = logging.getLogger("nemo_warp.rewards")
 
+# Samples; PyTriton's default of 4 would refuse larger requests. Its batcher waits 2 ms for requests
+# of other ranks to be put beside this one. The port and the socket limit: see below.
 _MAX_BATCH = 1 << 20
 _QUEUE_DELAY_US = 2000
 _PORT_ATTEMPTS = 3
@@ -118,6 +120,7 @@ def serve(
         RewardError: the server did not start, ended by itself, or is broken.
     """
     stop, broken = threading.Event(), broken or threading.Event()
+    # Signals first: a SIGTERM while Triton starts must end in its clean-up.
     with _stopping_on_signals(stop), _started(infer, serving) as (triton, port):
         host = socket.gethostname() if serving.host == _ANY_ADDRESS else serving.host
         endpoint = Endpoint.of_this_process(
@@ -130,6 +133,7 @@ def serve(
             takes=serving.takes,
         )
         serving.endpoint_file.parent.mkdir(parents=True, exist_ok=True)
+        # Last of all: whoever sees the file may ask at once.
         endpoint.write(serving.endpoint_file)
         log.info("ready at %s:%d as %s", host, port, endpoint.model_name)
         try:
@@ -141,6 +145,7 @@ def serve(
                         "the Triton server ended by itself: its output above says why"
                     )
         finally:
+            # First of all, so that no client is sent here while the server ends.
             endpoint.withdraw(serving.endpoint_file)
             log.info("stopping")
             if on_stop is not None:
@@ -192,6 +197,8 @@ def _prepared(infer: Infer, serving: Serving, port: int, workspace: Path) -> Any
     config = TritonConfig(
         http_address=serving.host,
         http_port=port,
+        # One port less each: servers of several runs share a node, and fixed ports collide
+        # (NeMo-Aligner's are 5555 and 5567).
         allow_grpc=False,
         allow_metrics=False,
         exit_timeout_secs=_EXIT_TIMEOUT_S,
@@ -224,6 +231,7 @@ def _runs(triton: Any) -> bool:
 
 def _stop(triton: Any) -> None:
     """Stop Triton, but wait only so long for a reward that hangs."""
+    # Triton.stop waits for the call under way, which a stranger's code may never end.
     stopping = threading.Thread(target=triton.stop, daemon=True)
     stopping.start()
     stopping.join(_STOP_PATIENCE_S)
@@ -234,6 +242,7 @@ def _stop(triton: Any) -> None:
 def _batched(infer: Infer) -> Any:
     from pytriton.decorators import batch, group_by_keys
 
+    # group_by_keys: requests with different optional inputs cannot be stacked into one array.
     return group_by_keys(batch(lambda **inputs: infer(**inputs)))
 
 
@@ -275,6 +284,7 @@ def _check_port(host: str, port: int) -> None:
         RewardError: something else listens there, or ``host`` is not this machine's.
     """
     with socket.socket() as probe:
+        # As Triton does: a port whose last connections are in TIME_WAIT is free to it.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
@@ -305,6 +315,8 @@ def _find_libpython() -> None:
     Raises:
         RewardError: this interpreter has no shared libpython.
     """
+    # The stub is linked to libpythonX.Y.so, which uv's and conda's interpreters keep in a folder
+    # that the loader does not search.
     library, directory = (sysconfig.get_config_var(name) for name in ("INSTSONAME", "LIBDIR"))
     if directory and library and (Path(directory) / library).exists():
         present = os.environ.get("LD_LIBRARY_PATH")

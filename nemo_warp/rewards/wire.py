@@ -85,11 +85,13 @@ def infer(endpoint: Endpoint, samples: Sequence[Sample], timeout_s: float) -> Re
 
     columns: dict[str, tuple[str, list[Any]]] = {
         "sentences": ("BYTES", [(s.prompt + s.response).encode() for s in samples]),
+        # In characters, see serve._samples.
         "prompt_lengths": ("INT64", [len(s.prompt) for s in samples]),
         "fields": ("BYTES", [_taken(s.fields, endpoint.takes) for s in samples]),
         "keys": ("INT64", [s.key for s in samples]),
     }
     inputs = []
+    # Servers of earlier versions refuse inputs that they do not know.
     for name in columns.keys() & {"sentences", "prompt_lengths", *endpoint.inputs}:
         kind, values = columns[name]
         tensor = InferInput(name, [len(values), 1], kind)
@@ -136,10 +138,13 @@ def _connected(endpoint: Endpoint, timeout_s: float) -> Iterator[Any]:
     try:
         with InferenceServerClient(
             endpoint.address,
+            # A connection of its own for each attempt: one that died half-way would answer the next
+            # question with the last one's rest.
             connection_timeout=min(timeout_s, _CONNECT_TIMEOUT_S),
             network_timeout=timeout_s,
         ) as connection:
             yield connection
+    # Before OSError, of which it is one: only a time-out makes the next request smaller.
     except TimeoutError as error:
         raise RewardTimeoutError(
             f"the server at {endpoint.address} did not answer in {timeout_s:g} s"

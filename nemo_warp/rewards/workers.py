@@ -23,6 +23,8 @@ class Workers:
             queue.SimpleQueue()
         )
         for number in range(count):
+            # Daemons: a call that never returns must not keep the process from ending.
+            # ThreadPoolExecutor joins its threads at exit.
             threading.Thread(target=self._work, name=f"{name}-{number}", daemon=True).start()
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future:
@@ -60,5 +62,6 @@ class AsyncWorkers:
     async def _call(
         self, function: Callable[..., Coroutine[Any, Any, Any]], arguments: tuple
     ) -> Any:
+        # Made before the loop runs, which is allowed since Python 3.10: it binds at its first use.
         async with self._slots:
             return await function(*arguments)

@@ -47,6 +47,7 @@ def check(values: Any, schema: type, source: str, path: str = "", complete: bool
 def unknown_key(name: str, source: str, known: Iterable[str]) -> ValueError:
     """The error for a key that nothing knows, with the closest one that is known."""
     known = sorted(known)
+    # difflib's cutoff of 0.6: a typo finds its key, an unrelated word finds none.
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(known)}"
     return ValueError(f"unknown key '{name}' in {source}; {hint}")
@@ -55,6 +56,7 @@ def unknown_key(name: str, source: str, known: Iterable[str]) -> ValueError:
 @functools.cache
 def keys_of(schema: type) -> dict[str, tuple[Any, Key]]:
     """Name -> (type, what is known) of a schema class, in order."""
+    # Annotations are texts (from __future__ import annotations): this resolves them once per class.
     hints = typing.get_type_hints(schema)
     return {f.name: (hints[f.name], about(f)) for f in dataclasses.fields(schema)}
 
@@ -73,6 +75,7 @@ def type_at(schema: type, path: list[str]) -> Any:
             if part not in keys_of(typing.cast(type, kind)):
                 return None
             kind, known = keys_of(typing.cast(type, kind))[part]
+            # A table whose type is open but whose entries are those of another class.
             kind = known.of or kind
         elif typing.get_origin(kind) is dict:
             kind = typing.get_args(kind)[1]
@@ -161,6 +164,7 @@ class _Checker:
             raise ValueError(
                 f"'{path}' in {self.source} is {_shown(value)}, expected a table of keys"
             )
+        # YAML makes numbers and booleans of bare keys (a reward called 1, or no): text is meant.
         for name in value:
             if not isinstance(name, str):
                 raise ValueError(
@@ -194,7 +198,9 @@ class _Checker:
         return value
 
     def _scalar(self, value: Any, kind: Any, key: Key, path: str, nullable: bool) -> Any:
+        # bool first and apart, since Python's bool is an int: true must not pass for 1.
         accepted = typing.get_args(kind) if _is_union(kind) else (kind,)
+        # Ambiguous is a text: YAML 1.1 reads yes, no, on, off as booleans, YAML 1.2 as words.
         if bool in accepted and isinstance(value, Ambiguous) and value.is_bool:
             return value.lower() in _YES
         good = (
@@ -207,6 +213,7 @@ class _Checker:
         )  # fmt: skip
         if not good or not _fits(value, key):
             raise self._wrong(value, kind, key, path, nullable)
+        # A plain str again: the mark of an ambiguous word ends here.
         return str(value) if isinstance(value, str) else value
 
     def _wrong(self, value: Any, kind: Any, key: Key, path: str, nullable: bool) -> ValueError:
@@ -266,6 +273,7 @@ def _fits(value: Any, key: Key) -> bool:
         return re.fullmatch(key.pattern, value) is not None
     if isinstance(value, bool):
         return True
+    # Bounds compare numbers only; texts and booleans were dealt with above.
     return not (
         (key.low is not None and value < key.low)
         or (key.high is not None and value > key.high)
@@ -277,6 +285,7 @@ def _without_none(kind: Any) -> tuple[Any, bool]:
     """The type without ``| None``, and whether it had it."""
     if not _is_union(kind):
         return kind, False
+    # Python 3.10 has no typing.Union[*rest], and `X | Y` needs the parts one by one.
     rest = tuple(part for part in typing.get_args(kind) if part is not type(None))
     nullable = len(rest) < len(typing.get_args(kind))
     return (rest[0] if len(rest) == 1 else typing.Union[rest]), nullable  # noqa: UP007

@@ -138,6 +138,7 @@ class RangeReader(io.RawIOBase):
 def _directory_members(path: Path) -> Iterator[tuple[str, Record]]:
     """Files below a folder; nothing outside it is read, so links must stay inside."""
     root = path.resolve()
+    # islice before sorted: a folder of millions of files must not be listed to be refused.
     for file in sorted(islice(path.rglob("*"), MAX_FILES + 1)):
         name = file.relative_to(path).as_posix()
         if file.is_symlink():
@@ -156,11 +157,14 @@ def _directory_members(path: Path) -> Iterator[tuple[str, Record]]:
 def _tar_members(path: Path) -> Iterator[tuple[str, Record]]:
     size = path.stat().st_size
     with path.open("rb") as stream:
+        # gzip's first two bytes. NeMo reads both kinds by trying (save_restore_connector.py
+        # l.652-670); but byte ranges of a compressed tar are no tensors.
         if stream.read(2) == b"\x1f\x8b":
             raise CheckpointError(
                 f"{path} is gzip-compressed (NeMo before 1.7), so it cannot be read in place: "
                 f"unpack it with `mkdir DIR && tar -xzf {path.name} -C DIR` and pass DIR"
             )
+    # tarfile reads extended headers whole, of the length that they claim: the limit holds here.
     reader = RangeReader(Record(path, 0, size), MAX_HEADER_BYTES)
     seen = set()
     try:
@@ -169,6 +173,7 @@ def _tar_members(path: Path) -> Iterator[tuple[str, Record]]:
                 name = _safe_name(path, member)
                 if member.isdir():
                     continue
+                # Base-256 sizes of GNU tar can be negative, which tarfile does not refuse.
                 if member.size < 0 or member.offset_data < 0:
                     raise CheckpointError(f"{path}: {name} claims {member.size} bytes; refused")
                 if member.offset_data + member.size > size:
@@ -176,10 +181,12 @@ def _tar_members(path: Path) -> Iterator[tuple[str, Record]]:
                         f"{path}: {name} claims {member.size} bytes but the tar ends at {size}; "
                         "it is truncated"
                     )
+                # tar takes the last one of a name when it unpacks, other readers the first.
                 if name in seen:
                     raise CheckpointError(f"{path}: {name} appears twice")
                 seen.add(name)
                 yield name, Record(path, member.offset_data, member.size)
+    # What tarfile raises on forged headers is not TarError alone.
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a readable tar ({error})") from error
     if not seen:
@@ -192,6 +199,7 @@ def _tar_members(path: Path) -> Iterator[tuple[str, Record]]:
 def _safe_name(path: Path, member: tarfile.TarInfo) -> str:
     if len(member.name) > _MAX_NAME:
         raise CheckpointError(f"{path}: a member is called {member.name[:60]!r}...; refused")
+    # Also drops a leading "./", with which NeMo writes members.
     pure = PurePosixPath(member.name)
     if pure.is_absolute() or ".." in pure.parts or "\0" in member.name:
         raise CheckpointError(f"{path}: member {member.name!r} points outside the archive; refused")

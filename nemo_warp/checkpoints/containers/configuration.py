@@ -28,6 +28,8 @@ def read_configuration(archive: Archive, name: str = CONFIG) -> dict[str, Any]:
         return {}
     text = archive.read(name, limit=_MAX_BYTES)
     try:
+        # In a pass over the events, which builds nothing: anchors that are expanded ten times over
+        # in each line cost nothing here.
         _refuse_bombs(text)
         found = yaml.load(text, Loader=_Loader)
     except Exception as error:  # PyYAML's constructors raise whatever a value makes them meet

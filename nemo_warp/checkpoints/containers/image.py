@@ -52,6 +52,7 @@ class FileImage:
 
     def align(self, size: int) -> int:
         """Go on at a multiple of ``size`` bytes, after zeros; returns the offset."""
+        # -n % m is what is missing to the next multiple.
         self.size += -self.size % size
         return self.size
 
@@ -66,6 +67,7 @@ class FileImage:
         """Add a torch.save zip at the end; returns its offset."""
         offset = self.size
         self.zips.append((offset, image))
+        # Entries without content are the holes: merged bytes are written there later.
         for data_offset, entry in zip(image.data_offsets, image.entries, strict=True):
             if entry.content is not None:
                 self.pieces.append((offset + data_offset, entry.content))
@@ -94,6 +96,8 @@ def zip_image(source: TorchZip, holes: dict[str, int], rule: DtypeRule) -> ZipIm
     entries = []
     for name, record in source.entries.items():
         key = name.removeprefix(f"{source.folder}/data/")
+        # "data/<key>" are storages; all else (version, byteorder, .data/serialization_id) is
+        # copied.
         if key != name and key in holes:
             entries.append(ZipEntry(name, holes[key]))
         elif name == f"{source.folder}/data.pkl":
@@ -114,6 +118,8 @@ def retype_pickle(pickle: bytes, rule: DtypeRule) -> bytes:
         CheckpointError: the pickle names storages in an unusual way.
     """
     changed = {
+        # Opcode "c" (GLOBAL) with two lines, module and name: torch.save writes protocol 2, where a
+        # storage's class is all that tells its dtype.
         f"torch {name}": f"ctorch\n{_STORAGE_NAMES[rule(dtype)]}\n".encode()
         for dtype, name in _STORAGE_NAMES.items()
         if rule(dtype) != dtype
@@ -124,8 +130,12 @@ def retype_pickle(pickle: bytes, rule: DtypeRule) -> bytes:
     for opcode, argument, position in pickletools.genops(pickle):
         assert position is not None  # as bytes are read, not a stream that cannot tell
         if opcode.name == "STACK_GLOBAL":
+            # From protocol 4 on names lie on the stack and are memoised: text cannot be replaced in
+            # place.
             raise CheckpointError("a data.pkl of this pickle protocol cannot change its dtype")
         if opcode.name == "GLOBAL" and argument in changed:
+            # GLOBAL has no length or address in it, and nothing in a pickle counts bytes from its
+            # start, so its parts may change their length.
             parts += [pickle[end:position], changed[argument]]
             end = position + len(f"c{argument}\n".encode())
     return b"".join([*parts, pickle[end:]])

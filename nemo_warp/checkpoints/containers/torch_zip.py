@@ -76,12 +76,14 @@ def read_torch_zip(record: Record, what: str) -> TorchZip:
         raise CheckpointError(f"{what}: {error}") from error
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, OSError) as error:
         raise CheckpointError(f"{what} is not a torch.save file ({error})") from error
+    # 0 in all entries means that checksums were switched off, not that every one is 0.
     if all(entry.crc32 == 0 for entry in entries.values()):  # torch's set_crc32_options(False)
         entries = {name: replace(entry, crc32=None) for name, entry in entries.items()}
     folder = next((n[: -len("/data.pkl")] for n in entries if n.endswith("/data.pkl")), None)
     if folder is None or len(entries) != len(infos):
         raise CheckpointError(f"{what} is a zip but not one that torch.save wrote")
     pickle = _read_checked(entries[f"{folder}/data.pkl"], f"{what}: data.pkl")
+    # Absent in files of older versions of torch.
     byteorder = entries.get(f"{folder}/byteorder")
     if byteorder is not None and _read_checked(byteorder, f"{what}: byteorder") != b"little":
         raise CheckpointError(f"{what} was written on a big-endian machine")
@@ -91,12 +93,15 @@ def read_torch_zip(record: Record, what: str) -> TorchZip:
 def _locate(stream: RangeReader, record: Record, info: zipfile.ZipInfo) -> Record:
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
         raise CheckpointError(f"{info.filename} is compressed or encrypted")
+    # The central directory does not tell where data begins: the local header has an extra field of
+    # its own (torch's padding).
     stream.seek(info.header_offset)
     header = stream.read(_LOCAL_HEADER_BYTES)
     if len(header) < _LOCAL_HEADER_BYTES or header[:4] != b"PK\x03\x04":
         raise CheckpointError(f"{info.filename} has no local header; the file is damaged")
     name_bytes, extra_bytes = struct.unpack("<HH", header[26:30])
     start = info.header_offset + _LOCAL_HEADER_BYTES + name_bytes + extra_bytes
+    # Stored, so both sizes are equal; zipfile would notice only when it read the data.
     if info.file_size != info.compress_size or start + info.file_size > record.size:
         raise CheckpointError(f"{info.filename} ends outside the file; it is truncated or damaged")
     return Record(record.path, record.offset + start, info.file_size, info.CRC)
@@ -137,6 +142,7 @@ class ZipImage:
             self.header_offsets.append(cursor)
             self._headers.append(header)
             self.data_offsets.append(cursor + len(header))
+            # The length of what comes last does not depend on the CRC-32, so 0 stands for it.
             cursor += len(header) + entry.size + len(_descriptor(entry, cursor, 0))
         self._directory_offset = cursor
         self.size = cursor + len(self._directory([0] * len(entries)))
@@ -162,6 +168,7 @@ class ZipImage:
 
 
 def _zip64_values(entry: ZipEntry, header_offset: int) -> list[int]:
+    # Only fields that overflow 32 bits are in the zip64 extra field, in this order (APPNOTE 4.5.3).
     sizes = [entry.size, entry.size] if entry.size >= _LIMIT32 else []
     return sizes + ([header_offset] if header_offset >= _LIMIT32 else [])
 
@@ -173,9 +180,11 @@ def _zip64_extra(values: list[int]) -> bytes:
 def _local_header(entry: ZipEntry, cursor: int) -> bytes:
     name = entry.name.encode()
     zip64 = _zip64_extra(_zip64_values(entry, cursor))
+    # 4 bytes for the padding field's own head, "FB" and its length.
     start = cursor + _LOCAL_HEADER_BYTES + len(name) + len(zip64) + 4
     padding = -start % ALIGNMENT
     extra = zip64 + b"FB" + struct.pack("<H", padding) + b"Z" * padding
+    # Flags 0x0808: sizes and CRC-32 follow the data (bit 3), the name is UTF-8 (bit 11).
     fixed = struct.pack(
         "<4s5H3L2H", b"PK\x03\x04", 0, 0x0808, 0, 0, 0, 0, 0, 0, len(name), len(extra)
     )
@@ -201,6 +210,8 @@ def _central_header(entry: ZipEntry, header_offset: int, crc: int) -> bytes:
 
 def _end_records(count: int, directory_bytes: int, directory_offset: int) -> bytes:
     end = directory_offset + directory_bytes
+    # torch writes zip64 end records always, also for small files: 0x031E is version 3.0 on UNIX,
+    # 0x2D is version 4.5, the first with zip64; 44 is what is left of the record after this field.
     zip64_end = struct.pack(
         "<4sQHHLLQQQQ",
         *(b"PK\x06\x06", 44, 0x031E, 0x2D, 0, 0, count, count, directory_bytes, directory_offset),

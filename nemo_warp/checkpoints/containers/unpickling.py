@@ -48,6 +48,7 @@ class StoredTensor:
     def is_contiguous(self) -> bool:
         """Whether elements lie row-major without gaps."""
         expected, ok = 1, True
+        # An axis of size 1 may have any stride: nothing is reached by it.
         for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
             ok &= size == 1 or stride == expected
             expected *= size
@@ -159,6 +160,7 @@ def _rebuild_tensor(
         raise CheckpointError("a tensor description is malformed")
     if not all(isinstance(n, int) and 0 <= n < _MAX_NUMBER for n in numbers):
         raise CheckpointError("a tensor description has impossible sizes")
+    # Address of the last element; strides are never negative in torch.
     last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
     if math.prod(shape) and last >= storage.numel:
         raise CheckpointError(
@@ -180,6 +182,7 @@ def _rebuild_untyped(
     """A dtype that has no storage class of its own, such as float8: the storage counts bytes."""
     if not isinstance(storage, StoredStorage) or not isinstance(dtype, torch.dtype):
         raise CheckpointError("a tensor description is malformed")
+    # Offsets of _rebuild_tensor_v3 count elements of the tensor's dtype, its storage bytes.
     typed = StoredStorage(storage.key, dtype, storage.numel // dtype.itemsize)
     return _rebuild_tensor(typed, offset, size, stride)
 
@@ -225,6 +228,7 @@ _METADATA_GLOBALS: dict[tuple[str, str], Any] = {
     ("torch", "Size"): _size,
     ("torch.serialization", "_get_layout"): _opaque,
     ("collections", "OrderedDict"): _empty_dict,
+    # torch's StorageMeta holds the folder it was written to.
     ("pathlib", "PosixPath"): _opaque,
     ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"): Discarded,
     **{
@@ -277,6 +281,7 @@ class _RestrictedUnpickler(_PythonUnpickler):
         self.load_setitems()
 
     def _load_reduce(self) -> None:
+        # Calls are where memory could grow: each gets a short tuple and nothing else.
         self._check_arguments(self.stack[-1])
         self.load_reduce()
 
@@ -309,6 +314,8 @@ class _RestrictedUnpickler(_PythonUnpickler):
         *(pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX, pickle.EXT1, pickle.EXT2, pickle.EXT4),
         *(pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER),
     ):
+        # What no checkpoint needs is not there to be misused: sets, extension codes, old-style
+        # instances, out-of-band buffers.
         del dispatch[_unused[0]]
 
     def find_class(self, module: str, name: str) -> Callable:
@@ -320,10 +327,12 @@ class _RestrictedUnpickler(_PythonUnpickler):
             ) from None
 
     def persistent_load(self, pid: Any) -> StoredStorage:
+        # Only data.pkl refers to storages; a .metadata that does wants something else.
         if self._allowed is not _TENSOR_GLOBALS:
             raise CheckpointError("refers to outside data; refused")
         match pid:
             case ("storage", torch.dtype() as dtype, str() as key, str(), int() as numel):
+                # torch numbers storages: a key with a slash would name another record of the zip.
                 if 0 <= numel < 1 << 62 and key.isalnum():
                     return StoredStorage(key, dtype, numel)
         raise CheckpointError("holds a malformed storage reference")

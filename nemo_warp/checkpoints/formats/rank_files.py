@@ -71,6 +71,8 @@ def rank_files(members: dict[str, Record]) -> dict[tuple[int, int], str]:
     for name in members:
         if match := _RANK_FOLDER.match(name):
             mp, tp, pp = match.groups()
+            # mp_rank_TT without pipeline parallelism, tp_rank_TT_pp_rank_PPP with it (NeMo's
+            # app_state naming, nlp_overrides.py l.1054-1180).
             found[int(tp or mp), int(pp or 0)] = name
     return found
 
@@ -96,10 +98,13 @@ class RankFileStore:
                 f"{where} holds {len(files)} rank files, expected {self._num_tp} tensor x "
                 f"{self._num_pp} pipeline ranks; it is incomplete"
             )
+        # "fast-swiglu" is NeMo's name for one with both halves in a single matrix; before
+        # Megatron-core plain swiglu had two matrices, dense_h_to_4h and dense_h_to_4h_2.
         activation = str(config.get("activation", "")).removeprefix("fast-")
         self._gated: tuple[str, ...] = _GATED if activation in _GATED_ACTIVATIONS else ()
         if self._gated and str(config.get("activation", "")).startswith("fast-"):
             self._gated += _GATED_BEFORE_MCORE
+        # NeMo's default is true (megatron_gpt_model.py l.501).
         self._tied = bool(config.get("share_embeddings_and_output_weights", True))
         self._zips = {
             name: read_torch_zip(members[name], f"{where}: {name}") for name in files.values()
@@ -142,6 +147,9 @@ class RankFileStore:
                 raise CheckpointError(
                     f"{self.where}: tensor ranks of stage {pp} hold different keys"
                 )
+            # Megatron-core numbers layers from 0 on every stage (transformer_block.py l.636-640).
+            # Some tools number them globally: a stage whose least number is that of its first layer
+            # is left alone.
             layers = {int(m["index"]) for m in map(_LAYER.match, named[0]) if m}
             shift = 0 if first_layer and min(layers, default=0) >= first_layer else first_layer
             for tp, tensors in named.items():
@@ -154,6 +162,7 @@ class RankFileStore:
         root = self._zips[file].root
         if not isinstance(root, dict):
             raise CheckpointError(f"{self.where}: {file} is not a state dict")
+        # Their chunks are interleaved over the stages in an order that the files do not tell.
         if "model0" in root:
             raise CheckpointError(
                 f"{self.where}: {file} comes from virtual pipeline stages; resave it without them"
@@ -185,6 +194,8 @@ class RankFileStore:
         by_name: dict[str, list[Shard]] = defaultdict(list)
         for shard in self._shards:
             by_name[shard.name].append(shard)
+        # The last stage's copy is checked to be equal and written again; in the Gram matrix the
+        # embedding must count once.
         tied = self._num_pp > 1 and self._tied and OUTPUT in by_name and EMBEDDING in by_name
         copies = {OUTPUT: by_name.pop(OUTPUT)} if tied else {}
         experts: dict[str, list[tuple[int, list[Shard]]]] = defaultdict(list)
@@ -240,10 +251,13 @@ class RankFileStore:
             for s in shards
         ):
             raise CheckpointError(f"{self.where}: ranks disagree on the shape or dtype of {name}")
+        # Replicated tensors are read from rank 0; the other ranks' copies are compared with it.
         if axis is None or len(shards) == 1:
             shards = shards[:1]
         else:
             shape[axis] *= len(shards)
+        # Each rank holds [its gates; its ups] (mlp.py): joined rank by rank the rows would be in no
+        # order that another layout has. The Gram matrix would not mind, resharding would.
         halves = 2 if axis == 0 and name.endswith(self._gated) else 1
         blocks = [
             block
@@ -271,6 +285,8 @@ def _blocks(
     for half in range(halves):
         offsets = [0] * len(sizes)
         if sizes:
+            # All ranks' gates come first, then all ups: the order that distributed checkpoints
+            # have.
             offsets[axis] = (half * count + index) * sizes[axis]
         yield Block(tuple(offsets), tuple(sizes), record, start)
         start += torch.Size(sizes).numel() * dtype.itemsize

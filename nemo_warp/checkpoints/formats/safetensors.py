@@ -100,12 +100,15 @@ class SafetensorsStore:
             files.append(FileImage(prefix + name))
             places += list(_fill(files[-1], shard, rule))
             header = cast("bytes", files[-1].pieces[0][1])
+            # The index counts tensor bytes only, without headers.
             total += files[-1].size - len(header)
         if self.index is not None:
             metadata = {**(self.index.get("metadata") or {}), "total_size": total}
             files.append(_json_file(prefix + INDEX, {**self.index, "metadata": metadata}))
         written = {dtype for _, dtype, *_ in places}
         changed = any(rule(t.dtype) != t.dtype for t in self.stored.values() if t.is_merged)
+        # transformers loads in the dtype that config.json names: fp32 weights would be rounded
+        # again. With several dtypes there is none to name.
         if changed and len(written) == 1 and HF_CONFIG in self._members:
             config = _read_json(self._members, HF_CONFIG, self.where)
             name = str(written.pop()).removeprefix("torch.")
@@ -134,6 +137,8 @@ class SafetensorsStore:
         table: dict[str, str] = (self.index or {}).get("weight_map") or {}
         for name, shard in self.shards.items():
             for tensor in shard.tensors:
+                # A shard of another download would otherwise replace weights of the model without a
+                # word.
                 if tensor.key in found or (table and table.get(tensor.key) != name):
                     raise CheckpointError(
                         f"{self.where}: {name} holds {tensor.key}, which is not where {INDEX} says"
@@ -195,8 +200,11 @@ def read_shard(record: Record, where: str) -> Shard:
     table = _parse_json(header, where)
     metadata = table.pop("__metadata__", None)
     found = [_stored(key, entry, record, begin, where) for key, entry in table.items()]
+    # By size as well: tensors without elements begin where the next one does.
     found.sort(key=lambda tensor: (tensor.record.offset, tensor.record.size))
     end = record.offset + begin
+    # As the library demands: without gaps no byte of the file is left unmerged and uncopied, and
+    # without overlaps no tensor is written twice.
     for tensor in found:
         if tensor.record.offset != end:
             raise CheckpointError(f"{where}: the bytes of {tensor.key} overlap or leave a gap")
@@ -231,6 +239,7 @@ def _stored(key: str, entry: Any, file: Record, base: int, where: str) -> Stored
     try:
         dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
         begin, end = entry["data_offsets"]
+        # type() and not isinstance: JSON's true is an int to Python.
         numbers = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
         fits = numbers and end - begin == math.prod(shape) * dtype.itemsize
     except (KeyError, TypeError, ValueError):
@@ -247,6 +256,7 @@ def _fill(file: FileImage, shard: Shard, rule: DtypeRule) -> Iterator[tuple]:
     dtypes = [rule(t.dtype) if t.is_merged else t.dtype for t in shard.tensors]
     same = all(d == t.dtype for d, t in zip(dtypes, shard.tensors, strict=True))
     described = [(t.key, d, t.shape) for t, d in zip(shard.tensors, dtypes, strict=True)]
+    # The very bytes where nothing changes: key order and spaces of the writer stay.
     file.append(shard.header if same else make_header(described, shard.metadata))
     for tensor, dtype in zip(shard.tensors, dtypes, strict=True):
         if not tensor.is_merged:

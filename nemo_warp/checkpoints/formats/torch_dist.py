@@ -26,6 +26,7 @@ from nemo_warp.checkpoints.record import Record
 MASTERS = "optimizer.state.fp32_param."
 """Prefix of fp32 copies of parameters (megatron/core/optimizer/distrib_optimizer.py)."""
 
+# integrity.json (Megatron-core from 0.18) holds hashes of the files as they were.
 _REMADE = ("metadata.json", ".metadata", "integrity.json")
 _FLATTENED = "nd_reformulated_orig_global_shape"
 
@@ -127,6 +128,8 @@ class TorchDistStore:
     def _shape(self, key: str) -> tuple[int, ...]:
         """The tensor's shape, also if it is stored flattened for the distributed optimizer."""
         mcore = getattr(self._index.metadata, "mcore_data", None)
+        # mcore_data is Megatron-core's addition to torch's Metadata (strategies/torch.py
+        # l.493-497).
         entry = mcore.get(key) if isinstance(mcore, dict) else None
         original = entry.get(_FLATTENED) if isinstance(entry, dict) else None
         stored = tuple(self._index.described(key).size)
@@ -163,6 +166,8 @@ class TorchDistStore:
 
     def _new_metadata(self, moved: dict[Item, _StorageInfo], rule: DtypeRule) -> bytes:
         """``.metadata`` built afresh from what was understood of the old one."""
+        # Built afresh and not edited: nothing of a pickle that somebody else made goes into the
+        # output.
         described: dict[str, dcp.TensorStorageMetadata | dcp.BytesStorageMetadata] = {}
         for item in moved:
             if item.chunk is None:
@@ -176,6 +181,8 @@ class TorchDistStore:
             dcp.MetadataIndex(item.key, item.chunk.offsets if item.chunk else None): info
             for item, info in moved.items()
         }
+        # torch's planner wants the path of each key in the state dict, also where the old one had
+        # none.
         paths = {key: (key,) for key in described} | _paths(self._index.metadata, described)
         new = dcp.Metadata(described, planner_data=paths, storage_data=storage)
         # Megatron-core's own field: it describes flattened optimizer tensors, which are not kept.
@@ -192,6 +199,7 @@ def boxes_of_range(
         return
     inner = math.prod(shape[1:])
     (first, head), (last, tail) = divmod(begin, inner), divmod(end, inner)
+    # A range is a ragged first row, whole rows, and a ragged last row: at most 2 dims - 1 boxes.
     if first == last:
         for offsets, sizes in boxes_of_range(shape[1:], head, tail):
             yield (first, *offsets), (1, *sizes)

@@ -70,6 +70,7 @@ class TorchDistIndex:
 
     def zip(self, item: Item) -> TorchZip:
         """The item's torch.save file."""
+        # Items compare by identity (eq=False), so this is one parse for each stored shard.
         if item not in self._zips:
             self._zips[item] = read_torch_zip(item.record, f"{self.where}: {item.key}")
         return self._zips[item]
@@ -83,6 +84,8 @@ class TorchDistIndex:
         tensor, dtype = self.zip(item).root, self.described(item.key).properties.dtype
         assert item.chunk is not None, item.key
         sizes = tuple(item.chunk.sizes)
+        # .metadata and the item are two files' words for one thing: whoever reads bytes by one of
+        # them must know that the other agrees.
         is_tensor = isinstance(tensor, StoredTensor) and tensor.is_contiguous
         if not is_tensor or tensor.shape != sizes or tensor.storage.dtype != dtype:
             raise CheckpointError(
@@ -98,10 +101,12 @@ class TorchDistIndex:
         for index, info in storage.items():
             if not isinstance(index, dcp.MetadataIndex) or not _is_place(info):
                 raise CheckpointError(f"{self.where}: .metadata has a malformed storage entry")
+            # torch 2.7 and later can compress items; byte ranges of those are no tensors.
             if getattr(info, "transform_descriptors", None):
                 raise CheckpointError(f"{self.where}: {index.fqn} is stored compressed")
             chunk = None
             if index.fqn in self._chunks:
+                # offset is None for a tensor of no dimensions and for objects that are no tensors.
                 chunk = self._chunks[index.fqn].get(tuple(index.offset or ()))
                 if chunk is None:
                     raise CheckpointError(f"{self.where}: {index.fqn} has an undescribed shard")

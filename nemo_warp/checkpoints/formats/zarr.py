@@ -32,6 +32,8 @@ from nemo_warp.checkpoints.record import Record
 DESCRIPTION = ".zarray"
 _MAX_DESCRIPTION_BYTES = 1 << 16
 _FLOATS = {
+    # numpy has no bfloat16: Megatron-core writes its name over numpy's "<V2" (strategies/zarr.py
+    # l.168-171), some writers left it.
     **{"bfloat16": torch.bfloat16, "<V2": torch.bfloat16, "<f2": torch.float16},
     **{"<f4": torch.float32, "<f8": torch.float64},
 }
@@ -83,6 +85,7 @@ class ZarrStore:
         def hole(
             key: str, name: str, record: Record, dtype: torch.dtype
         ) -> tuple[Record, torch.dtype]:
+            # A chunk is a file of nothing but elements: the hole is the whole of it.
             new = rule(dtype)
             file = FileImage(prefix + name, record.size // dtype.itemsize * new.itemsize)
             files[name] = file
@@ -97,6 +100,7 @@ class ZarrStore:
             if name not in files and not DROPPED.match(name):
                 files[name] = FileImage(prefix + name)
                 files[name].append(record)
+        # metadata.json last: Megatron-core takes a directory without it for unfinished.
         order = [name for name in self.members if name in files and name != "metadata.json"]
         return CheckpointImage([files[name] for name in [*order, "metadata.json"]], tensors)
 
@@ -115,6 +119,7 @@ class ZarrStore:
         described, blocks = self._described[key], []
         shape, sizes = tuple(described["shape"]), tuple(described["chunks"])
         stored = dtype = _FLOATS[described["dtype"]]
+        # A tensor of no dimensions has one chunk, called "0".
         for index in product(*(range(n // size) for n, size in zip(shape, sizes, strict=True))):
             name = f"{key}/{described['dimension_separator'].join(map(str, index)) or '0'}"
             record = self.members.get(name)
@@ -135,6 +140,7 @@ class ZarrStore:
             shape, sizes = described["shape"], described["chunks"]
             plain = all(isinstance(n, int) and n >= 0 for n in [*shape, *sizes])
             plain &= isinstance(described["dtype"], str)
+            # zarr would pad chunks at the edge; Megatron-core's shards divide their tensor.
             even = len(shape) == len(sizes) and all(map(_divides, sizes, shape))
             raw = described["order"] == "C" and not (
                 described["compressor"] or described["filters"]
@@ -144,6 +150,7 @@ class ZarrStore:
         if not (plain and even and raw and described["dimension_separator"] in (".", "/")):
             raise CheckpointError(f"{what} is compressed, uneven or malformed")
         count = math.prod(n // size for n, size in zip(shape, sizes, strict=True))
+        # No more chunks than there are files, however large the numbers in the JSON are.
         if count > min(MAX_PATCHES, len(self.members)):
             raise CheckpointError(f"{what} claims an absurd number of chunks")
         return described

@@ -9,6 +9,8 @@ try:
 except ImportError:  # NVIDIA's containers do not have it
     from zlib import crc32
 
+    # Python's zlib module does not export crc32_combine, which joins parts that several threads
+    # read.
     _zlib = ctypes.CDLL("libz.so.1")
     _zlib.crc32_combine.argtypes = [ctypes.c_ulong, ctypes.c_ulong, ctypes.c_long]
     _zlib.crc32_combine.restype = ctypes.c_ulong

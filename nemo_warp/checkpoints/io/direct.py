@@ -23,6 +23,8 @@ import numpy as np
 ALIGNMENT = 4096
 """Direct access wants addresses, offsets and lengths in multiples of a sector: 4096 serves all."""
 
+# Bytes copied at a time where memory is not aligned (fits a core's L2 cache), and the least for
+# which going past the page cache pays.
 _PIECE = 1 << 19
 _MIN_BYTES = 1 << 16
 _threads = threading.local()
@@ -60,6 +62,7 @@ class DirectFile:
         Returns:
             The part of ``room`` that holds them; shorter only at the end of the file.
         """
+        # Reading begins at the sector before; the view leaves the bytes in front of `offset` out.
         skip = offset % ALIGNMENT
         view, done = room[skip : skip + size], 0
         if self._direct is not None and size >= _MIN_BYTES and address(room) % ALIGNMENT == 0:
@@ -84,6 +87,7 @@ class DirectFile:
             OSError: as from `os.pwrite`.
         """
         first = -offset % ALIGNMENT
+        # Only whole sectors can go past the cache; the edges are written through it below.
         last = max(first, _down(offset + len(data)) - offset)
         if self._direct is None or last - first < _MIN_BYTES:
             _write_all(self.descriptor, data, offset)
@@ -94,6 +98,7 @@ class DirectFile:
                 piece = _on_pages(data[done:last])
                 count = os.pwrite(self._direct, piece, offset + done)
                 done += count
+                # A short write ended inside a sector: the next one would not be aligned.
                 if count % ALIGNMENT:
                     break
         _write_all(self.descriptor, data[:first], offset)
@@ -108,9 +113,12 @@ def reserve(descriptor: int, size: int) -> None:
     Raises:
         OSError: no space.
     """
+    # fallocate and not posix_fallocate, which writes zeros where the file system cannot reserve:
+    # all bytes would be written twice.
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.fallocate(descriptor, 0, ctypes.c_long(0), ctypes.c_long(size)) != 0:
         code = ctypes.get_errno()
+        # Any other error means that the file system cannot do it: the file just grows then.
         if code in (errno.ENOSPC, errno.EDQUOT):
             raise OSError(code, os.strerror(code))
 
@@ -120,6 +128,7 @@ def pages(size: int) -> np.ndarray:
 
     The disk takes a huge page in one go, and the processor finds it in one.
     """
+    # Anonymous memory begins at a page, which numpy's own allocator does not promise.
     memory = mmap.mmap(-1, max(size, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a kernel without them
         memory.madvise(mmap.MADV_HUGEPAGE)
@@ -129,11 +138,13 @@ def pages(size: int) -> np.ndarray:
 def release(buffer: np.ndarray) -> None:
     """Give memory from `pages` back to the system at once, whoever still knows of it."""
     view = cast("memoryview", buffer.base)
+    # Not freed, only emptied: views of the array stay valid and read as zeros.
     cast("mmap.mmap", view.obj).madvise(mmap.MADV_DONTNEED)
 
 
 def scratch(name: str, size: int) -> np.ndarray:
     """[size] uint8 of this thread's, from `pages`, until it asks for memory of this name again."""
+    # Kept for the thread's next piece: fresh pages would be faulted in and zeroed every time.
     memory = vars(_threads)
     if name not in memory or len(memory[name]) < size:
         memory[name] = pages(size)
@@ -162,6 +173,7 @@ def _fallback() -> Iterator[None]:
 
 def _open_direct(path: Path, flags: int) -> int | None:
     with _fallback():
+        # Opened a second time: O_CREAT and O_EXCL were the first one's.
         return os.open(path, (flags & ~(os.O_CREAT | os.O_EXCL)) | os.O_DIRECT)
     return None
 

@@ -54,6 +54,7 @@ class OpenFiles:
                 self._make_room()
                 entry = self._open[path] = _Open(DirectFile(path, self._flags | flags))
             self._open.move_to_end(path)
+            # Counted, because a file that another thread still reads from must not be closed.
             entry.users += 1
         try:
             yield entry.file

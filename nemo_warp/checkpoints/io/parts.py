@@ -25,6 +25,8 @@ def coalesce(parts: Iterable[Part]) -> list[Part]:
     for part in sorted(parts):
         if joined:
             file, offset, start, size, crc = joined[-1]
+            # Only neighbours: parts that overlap (a tensor read twice) or leave gaps are not
+            # joined, and the record is then read once more as a whole.
             if (file, offset, start + size) == part[:3]:
                 crc = crc32_combine(crc, part.crc32, part.size)
                 joined[-1] = Part(file, offset, start, size + part.size, crc)

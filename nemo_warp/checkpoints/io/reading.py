@@ -67,7 +67,9 @@ class FileCache:
         with self._lock:
             if record.crc32 is None or record in self._whole:
                 return
+            # Before the read: other threads with a tensor of the same record need not wait for it.
             self._whole.add(record)
+        # 1 MiB at a time, since a record may be larger than the memory that is left.
         crc, room = 0, scratch("check", room_for(_PIECE))
         for start in range(0, record.size, _PIECE):
             crc = crc32(self.read(record, start, min(_PIECE, record.size - start), room), crc)
@@ -97,6 +99,8 @@ def read_slab(
         if below and patch.cols == tensor.cols:  # one piece of the file
             found, part = _read_patch(files, tensor, patch, slab, room)
             return found, [part]
+    # Several patches lie in these rows, as column shards of tensor-parallel ranks do: each is read
+    # aside and copied to its columns.
     rows = room[: slab.rows * tensor.row_bytes].reshape(slab.rows, -1)
     parts, width = [], tensor.dtype.itemsize
     for patch in tensor.patches:
@@ -142,6 +146,7 @@ def check_records(
     """
     found = Checksums(parts)
     for tensor in tensors:
+        # Once each: halves of a gated layer are two patches of one record.
         for record in dict.fromkeys(patch.record for patch in tensor.patches):
             crc = found.of(record)
             if crc is None:
@@ -157,6 +162,7 @@ def check_replicas(files: FileCache, tensor: LogicalTensor, slab: Slab, rows: np
         CheckpointError: they differ; names both files.
     """
     for patches in tensor.replicas:
+        # Fresh memory and not scratch: `rows` may itself be in this thread's scratch.
         room = pages(slab_room(tensor, slab))
         copy, _ = read_slab(files, replace(tensor, patches=patches), slab, room)
         if not np.array_equal(copy, rows):

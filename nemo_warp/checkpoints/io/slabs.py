@@ -33,6 +33,7 @@ class Slab:
 
 def rows_per_block(cols: int) -> int:
     """Rows of ``cols`` elements in a block."""
+    # A row is never cut, whatever its length: an embedding of 8192 has 2 rows in a block.
     return max(1, BLOCK // cols)
 
 
@@ -43,6 +44,7 @@ def slabs_of(first: int, last: int, cols: int, elements: int | None = None) -> I
         elements: per slab, about; `SLAB` by default.
     """
     block = rows_per_block(cols)
+    # A multiple of whole blocks, so that the size of slabs cannot change a sum.
     step = max(1, (elements or SLAB) // (block * cols)) * block
     for row in range(first, last, step):
         yield Slab(row, min(last, row + step))

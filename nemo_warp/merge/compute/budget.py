@@ -38,6 +38,7 @@ def memory_for_groups(plan: MergePlan) -> int:
     """Bytes that this process may take for groups: ``memory_gb``, or its share of what is free."""
     if plan.options.memory_gb is not None:
         return int(plan.options.memory_gb * 1e9)
+    # Ranks of one node share its memory; a value that is no number tells nothing.
     found = [os.environ[name] for name in _RANKS_HERE if os.environ.get(name, "").isdecimal()]
     return int(SHARE * free_memory() / max(1, *map(int, found), 1))
 
@@ -62,7 +63,11 @@ def _left_in_cgroups() -> Iterator[int]:
             if controllers not in ("", "memory"):
                 continue
             place = _CGROUPS / controllers / path.lstrip("/")
+            # A limit on any level above counts as well: Slurm sets it on the job, systemd on the
+            # user.
             for folder in (place, *place.parents):
+                # cgroup 2 and 1. Used is what cannot be dropped ("anon", "total_rss"): the page
+                # cache in a group's usage makes room by itself.
                 yield from _left(folder, "memory.max", "anon ")
                 yield from _left(folder, "memory.limit_in_bytes", "total_rss ")
 

@@ -70,6 +70,7 @@ class Engine:
         self._writer = Writer(outputs, workers, progress)
         self._twice = too_large(plan)
         passing = _some_slabs(plan, workers + WAITING_THREADS) if self._twice else 0
+        # Enough for the largest group that is kept: with less the first pass could never end.
         self._memory = Memory(max(_largest_kept(plan, self._twice), passing))
         self._again = Memory(_some_slabs(plan, workers))  # apart: the next groups wait in the other
 
@@ -89,6 +90,8 @@ class Engine:
         """
         slabs = list(merged_slabs(group))
         padding = [
+            # Rows behind the true vocabulary are read for their checksums only: they are in no
+            # angle, since their number depends on the writer's TP.
             (source, slab)
             for tensor in group.tensors
             for source in tensor.sources
@@ -96,6 +99,8 @@ class Engine:
         ]
         keep = group.name not in self._twice
         tasks: list[tuple] = []
+        # Tickets are drawn here, in order, and not in the threads: the next group's slabs must
+        # never take the memory that the last slabs of this one wait for.
         tasks += [(self._measure, self._memory.ticket(), keep, *place) for place in slabs]
         tasks += [(self._read_padding, *place) for place in padding]
 
@@ -104,6 +109,7 @@ class Engine:
             parts = [part for of_padding in found[len(slabs) :] for part in of_padding]
             parts += [part for slab in measured for read in slab.parts for part in read]
             sources = [source for tensor in group.tensors for source in tensor.sources]
+            # When all slabs were read: a record's CRC-32 is over all of its bytes.
             check_records(self._files, sources, parts)
             return _group_measure(slabs, measured, len(self.plan.inputs))
 
@@ -136,6 +142,8 @@ class Engine:
         tasks += [(self._copy_padding, *place) for place in padding]
 
         def finish(found: list) -> GroupResult:
+            # Bytes may have changed between the two reads; then the merge would not be of what was
+            # measured.
             again = [part for result in found[: len(slabs)] for part in result[3]]
             if again:
                 sources = [source for tensor in group.tensors for source in tensor.sources]
@@ -166,6 +174,8 @@ class Engine:
     def _measure(self, ticket: int, keep: bool, tensor: TensorPlan, slab: Slab) -> Measured:
         buffer = self._memory.take(room_bytes(tensor, slab), ticket)
         measured = self._kernel.measure(tensor, slab, buffer)
+        # One NaN or infinity makes its row of the Gram matrix non-finite: looking at N x N numbers
+        # finds it, and no pass over the weights is needed.
         if not np.isfinite(measured.grams).all():
             self._refuse_nonfinite(tensor, slab)
         self.progress(slab.rows * sum(source.row_bytes for source in tensor.sources))
@@ -175,7 +185,8 @@ class Engine:
         return measured
 
     def _refuse_nonfinite(self, tensor: TensorPlan, slab: Slab) -> None:
-        check_records(self._files, tensor.sources, ())  # or is it damage?
+        # A flipped bit can look like a NaN: then the error has to name the damage.
+        check_records(self._files, tensor.sources, ())
         for checkpoint, source in zip(self.plan.inputs, tensor.sources, strict=True):
             if not torch.isfinite(self._kernel.read(source, slab)[0]).all():
                 raise CheckpointError(
@@ -218,6 +229,8 @@ class Engine:
         for piece in self._writer.pieces(tensor.target, slab):
             noise, room = self._noise(tensor.name, piece), self._writer.room(tensor.target, piece)
             merged = self._kernel.combine(tensor, piece, inputs, coefficients, noise, room)
+            # An overflow of the output's dtype (float16 ends at 65504) makes the projection
+            # infinite.
             if not np.isfinite(merged.projections).all():
                 raise ValueError(
                     f"{tensor.name}: merged values are too large for {tensor.target.dtype}; "
@@ -226,6 +239,7 @@ class Engine:
             projections += merged.projections
             changed += merged.changed
             started.append(self._writer.write(tensor.target, piece, merged.values, room))
+        # Before the writes have ended: the merged values are in the writer's own memory.
         memory.give(inputs.buffer)
         return started, projections, changed
 
@@ -238,6 +252,7 @@ class Engine:
 
     def _copy_padding(self, tensor: TensorPlan, slab: Slab) -> tuple[list[list[Future]]]:
         target, started = tensor.target, []
+        # The init's padding, so that the output equals it where nothing was trained.
         padding = self._kernel.read(tensor.sources[0], slab)[0].to(target.dtype)
         stored, width = padding.view(torch.uint8).numpy().reshape(-1), target.dtype.itemsize
         for piece in self._writer.pieces(target, slab):

@@ -99,6 +99,8 @@ class Kernel:
         Raises:
             CheckpointError: a file ends early, or copies of a tensor differ.
         """
+        # Inputs of one dtype stay as they are stored, and are widened tile by tile in `loops`: half
+        # the memory of fp32 copies, and less to move.
         dtype, count = _common_dtype(tensor), len(tensor.sources)
         elements = buffer.view(_STORED[dtype]).reshape(count, -1)
         first, parts, pieces = np.zeros(count, np.int64), [], []
@@ -110,6 +112,8 @@ class Kernel:
             check_replicas(self._files, source, slab, rows)
             parts.append(read)
             in_order = len(read) == 1  # the stored bytes are those of the slab
+            # Its CRC-32 is known from reading; rows that were put together from patches need one of
+            # their own.
             pieces.append((read[0].crc32 if in_order else crc32(rows), rows.nbytes))
             if here:
                 first[n] = _settle(rows, room, dtype.itemsize) // dtype.itemsize
@@ -171,6 +175,7 @@ def room_bytes(tensor: TensorPlan, slab: Slab) -> int:
 
 def _common_dtype(tensor: TensorPlan) -> torch.dtype:
     """One that holds the elements of all inputs exactly."""
+    # float32 holds every bfloat16 and float16 exactly; one dtype for both halves would not.
     dtypes = {source.dtype for source in tensor.sources}
     if len(dtypes) == 1:
         return dtypes.pop()
@@ -196,6 +201,8 @@ def rounding_noise(seed: int, name: str, eta: float, start: int, length: int) ->
     A function of the seed and each element's place alone.
     """
     text = f"{seed}/{name}/{eta!r}".encode()
+    # Philox is a counter: the bits of element n can be computed without those before it, so any
+    # split into pieces and threads draws the same.
     key = int.from_bytes(hashlib.sha256(text).digest()[:16], "little")
     skip = start % _NOISE_PER_STEP
     steps = -(-(skip + length) // _NOISE_PER_STEP)

@@ -40,6 +40,7 @@ def _compiled(function: Callable | None = None, **options) -> Callable:
 @intrinsic
 def _float_of_half(_context, _bits):
     def generate(_, builder, _signature, arguments):
+        # numba has no float16 on the CPU: these two are the processor's own conversions, by LLVM.
         return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
 
     return types.float32(types.int16), generate
@@ -60,6 +61,7 @@ def _widened(element):
 @overload(_widened, inline="always")
 def _widened_by_type(element):
     if element == types.uint16:
+        # A bfloat16 is the upper half of a float32.
         return lambda element: np.float64(np.uint32(np.uint32(element) << 16).view(np.float32))
     if element == types.int16:
         return lambda element: np.float64(_float_of_half(element))
@@ -76,10 +78,13 @@ def _rounded_by_type(value, like):
 
         def to_bfloat16(value, like):
             bits = np.float32(value).view(np.uint32)
+            # Half of the last place less one, and one more if that place is odd: ties go to even.
             return np.uint16(np.uint32(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
 
         return to_bfloat16
     if like.dtype == types.int16:
+        # Through float32, as torch does it. This rounds twice, and can differ from one rounding in
+        # the last place where float32 hits a tie.
         return lambda value, like: _half_of_float(np.float32(value))
     if like.dtype == types.float32:
         return lambda value, like: np.float32(value)
@@ -100,6 +105,7 @@ def gram(inputs, first, length, block, tile, out):
     """
     num_inputs = len(first)
     out[:] = 0.0
+    # One matrix per block, summed exactly later: the result does not depend on slabs or threads.
     for begin in range(0, length, block):
         end, sums = min(begin + block, length), out[begin // block]
         for start in range(begin, end, TILE):
@@ -110,6 +116,8 @@ def gram(inputs, first, length, block, tile, out):
                 if a == 0:
                     _widen(stored, row)
                 else:
+                    # Differences first: |theta|^2 is some 10^6 times |delta|^2 for RL policies, so
+                    # inner products of deltas taken from those of weights would lose six digits.
                     _widen_difference(stored, tile[0], row)
                 for b in range(a + 1):
                     sums[a, b] += _inner_product(row, tile[b])

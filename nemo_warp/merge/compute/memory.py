@@ -49,11 +49,14 @@ class Memory:
         """
         ticket = self.ticket() if ticket is None else ticket
         with self._lock:
+            # A condition for each who waits, so that a buffer that comes back wakes the one whose
+            # turn it is and not all of them.
             changed = self._waiting[ticket] = threading.Condition(self._lock)
             while not self._closed:
                 if ticket == self._served and (buffer := self._find(size)) is not None:
                     del self._waiting[ticket]
                     self._served += 1
+                    # There may be room for the next one as well.
                     self._wake_first()
                     return buffer
                 changed.wait()
@@ -80,6 +83,8 @@ class Memory:
         if self._free[size]:
             return self._free[size].pop()
         self._drop_others(self._allocated + size - self.limit)
+        # A buffer larger than the limit is given when nothing else is out: to refuse would be for
+        # ever.
         if self._allocated > 0 and self._allocated + size > self.limit:
             return None
         self._allocated += size

@@ -24,6 +24,8 @@ class Pass(Generic[T]):
 
     def wait(self) -> None:
         """Wait for all tasks; the first error ends the waiting and is raised."""
+        # FIRST_EXCEPTION: a merge of terabytes must not go on for minutes after a damaged byte was
+        # seen.
         done, _ = wait(self._futures, return_when=FIRST_EXCEPTION)
         for future in done:
             future.result()

@@ -79,6 +79,7 @@ class Writer:
         """
         width, cols, length = target.dtype.itemsize, target.cols, self._length(target)
         if not all(patch.cols == cols for patch in _all_patches(target)):
+            # Column patches: every row of a piece goes to as many places as there are tensor ranks.
             for rows in slabs_of(slab.first, slab.last, cols, length):
                 yield Piece(rows.first * cols, rows.last * cols)
             return
@@ -102,6 +103,7 @@ class Writer:
     def _skip(self, target: LogicalTensor, row: int) -> int:
         """Elements between the beginning of a page and a row's place in the outputs."""
         width = target.dtype.itemsize
+        # All outputs have the init's layout, so the first output's offsets are everybody's.
         patch = next(p for p in target.patches if p.row <= row < p.row + p.rows)
         place = self._outputs[0].place(patch.record, patch.start_of(row, width))
         return place % ALIGNMENT // width
@@ -136,6 +138,7 @@ class Writer:
         ended = itertools.count(1)
 
         def end(_: Future) -> None:
+            # Callbacks run in writer threads; itertools.count is atomic under the GIL.
             if next(ended) == len(self._outputs):
                 self._memory.give(room)
 

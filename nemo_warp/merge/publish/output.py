@@ -56,6 +56,7 @@ class Output:
             header = _tar_header(file.name, file.size)
             self._headers.append((cursor, header))
             self._bases[file.name] = cursor + len(header)
+            # A tar pads each member to 512 bytes.
             cursor += len(header) + file.size + -file.size % tarfile.BLOCKSIZE
         return cursor
 
@@ -73,6 +74,7 @@ class Output:
 
     def _create(self, name: str, size: int) -> None:
         with self._files.use(self._path(name), os.O_CREAT | os.O_EXCL) as file:
+            # At its final size at once, so that threads and processes can write anywhere in it.
             os.ftruncate(file.descriptor, size)
             reserve(file.descriptor, size)
         self._written.add(self._path(name))
@@ -104,6 +106,7 @@ class Output:
             data = read_record(part, _COPY_BYTES, str(content.path))
             self._pwrite(file.name, data, offset + start)
             crc = crc32(data, crc)
+        # Copied bytes are checked like merged ones: a damaged _extra_state would load, too.
         if content.crc32 not in (None, crc):
             raise CheckpointError(
                 f"{content.path}: bytes of {file.name} at offset {content.offset} do not match "
@@ -126,9 +129,12 @@ class Output:
 
         def sync_one(path: Path) -> None:
             with self._files.use(path) as file:
+                # Sizes were set before, and fdatasync writes a size that data needs; times are left
+                # out.
                 os.fdatasync(file.descriptor)
 
         with self._lock:
+            # Swapped under the lock: what other threads write from now on belongs to the next sync.
             written, self._written = self._written, set()
         with ThreadPoolExecutor(_SYNC_THREADS, "sync") as pool:
             _exhaust(pool.map(sync_one, sorted(written)))
@@ -140,6 +146,7 @@ class Output:
             provenance: contents of ``warp_merge.json``.
             parts: all merged bytes.
         """
+        # Trailers come after all data, since they hold the CRC-32s.
         crcs = self.write_fixed() | self._record_crcs(parts)
         for file in self.image.files:
             for offset, image in file.zips:
@@ -180,6 +187,8 @@ class Output:
         header = _tar_header(PROVENANCE, len(provenance))
         end = self._tar_end + len(header) + len(provenance)
         self._pwrite("", header + provenance, self._tar_end)
+        # A tar ends with two blocks of zeros, and is padded to a record of 20 blocks, as NeMo's
+        # are.
         end += -end % tarfile.BLOCKSIZE + 2 * tarfile.BLOCKSIZE
         with self._files.use(self.content) as file:
             os.ftruncate(file.descriptor, end + -end % _TAR_RECORD)

@@ -19,6 +19,7 @@ def rename_to_free_name(source: Path, target: Path) -> None:
     Raises:
         FileExistsError: the target exists.
     """
+    # By the kernel in one step: os.rename replaces silently, and a look before it is a race.
     code = _renameat2(source, target, _NOREPLACE)
     if code in _UNSUPPORTED:
         if os.path.lexists(target):
@@ -45,6 +46,7 @@ def exchange(first: Path, second: Path) -> None:
 
 def _renameat2(first: Path, second: Path, flags: int) -> int:
     """0, or the error's number."""
+    # glibc has it from 2.28 on; Python has no binding.
     libc = ctypes.CDLL(None, use_errno=True)
     paths = os.fsencode(first), os.fsencode(second)
     done = libc.renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], flags) == 0

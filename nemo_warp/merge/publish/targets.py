@@ -51,6 +51,7 @@ def check_target(final: Path, overwrite: bool, known: Collection[str] = ()) -> N
     if final.is_symlink():  # the link is replaced, what it points to stays
         return
     names = _names_in(final)
+    # An empty folder may be replaced: nothing is lost.
     if names and not any(map(_MARKS.fullmatch, names)):
         raise ValueError(
             f"{final} is not a checkpoint, and --overwrite replaces nothing else; "
@@ -88,6 +89,7 @@ def check_space(sizes: Iterable[tuple[Path, int]]) -> None:
     """
     needed: dict[int, int] = {}
     for folder, size in sizes:
+        # Outputs on one file system share its space, whatever their folders are called.
         device = folder.stat().st_dev
         needed[device] = needed.get(device, 0) + size
         free = shutil.disk_usage(folder).free

@@ -75,9 +75,14 @@ class Transaction:
             ValueError: another merge is at work on one of them.
         """
         with ExitStack() as locks:
+            # Sorted: of two merges with the same outputs in another order one gets all locks;
+            # otherwise each could get one and refuse the other.
             for final in sorted(self.finals):
                 locks.enter_context(_locked(hidden_folder(final)))
             self._sealed = self._read_seal()
+            # No seal: whatever is there was left by an attempt that died, as nobody else has the
+            # lock. A seal of another plan stays until this merge begins: its user may still want
+            # its names.
             if not (hidden_folder(self.finals[0]) / SEAL).exists():
                 self._clear()
             self._locks = locks.pop_all()
@@ -114,6 +119,8 @@ class Transaction:
         for final in self.finals:
             check_target(final, self._overwrite, self._known)
         self._clear()
+        # A name of its own: a process of an older attempt that still runs on another node (a file
+        # system without locks) writes into another folder.
         self._attempt = uuid.uuid4().hex
         for content in self.contents:
             content.parent.mkdir()
@@ -128,6 +135,8 @@ class Transaction:
             **{"plan": self._identity, "attempt": self._attempt, "verified": self._verify},
             **{"inodes": [_inode(content) for content in self.contents], "measures": measures},
         }
+        # One file decides for all outputs: there is no moment in which some are sealed and others
+        # not.
         write_json_atomically(hidden_folder(self.finals[0]) / SEAL, note)
         self._sealed = note
 
@@ -139,11 +148,14 @@ class Transaction:
             OSError: the file system cannot replace it.
         """
         for final, content, inode in self._sealed_outputs():
+            # The inode tells it from what had the name before, which an exchange has put here.
             if _inode(content) != inode:  # it has its name already
                 continue
             check_target(final, self._overwrite, self._known)
             if not os.path.lexists(final):
                 rename_to_free_name(content, final)
+            # rename(2) replaces a file by a file only; folders are swapped, and the old one is
+            # removed later.
             elif final.is_dir() or content.is_dir():
                 exchange(content, final)
             else:
@@ -157,6 +169,8 @@ class Transaction:
     def _clear(self) -> None:
         """Remove everything but the locks; the seal, which is in the first one's folder, last."""
         for folder in map(hidden_folder, reversed(self.finals)):
+            # The seal last: if this is killed, the next merge knows that there was nothing left to
+            # publish.
             for path in sorted(folder.iterdir(), key=lambda path: path.name == SEAL):
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
@@ -177,6 +191,7 @@ class Transaction:
         enough = CHECKS.index(self._sealed["verified"]) >= CHECKS.index(self._verify)
         if self._sealed["plan"] != self._identity or not enough:
             return None
+        # Each output has to be where it was sealed, or under its name.
         there = all(inode in map(_inode, of) for *of, inode in self._sealed_outputs())
         return self._sealed if there else None
 
@@ -224,6 +239,8 @@ def _take(folder: Path) -> int:
             descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:  # whoever had it removed the folder just now
             continue
+        # The lock may be of a file that its last holder has unlinked: only the one that has the
+        # name counts.
         if _flock(descriptor, folder) and os.fstat(descriptor).st_ino == _inode(folder / LOCK):
             return descriptor
         os.close(descriptor)  # of a lock that was removed before it was taken

@@ -29,6 +29,8 @@ from nemo_warp.merge.plan import GroupPlan, MergePlan, TensorPlan
 from nemo_warp.merge.results import UnitResult
 
 SAMPLED_GROUPS = 4
+# Share of elements that may differ in the last place: the engine fuses multiplications and
+# additions, which moves a value across a rounding boundary now and then.
 _MAX_UNEQUAL = 1e-3
 _REMEDY = "check memory and disk of this machine and merge again; nothing was published"
 
@@ -59,6 +61,8 @@ def verify_outputs(
             rows = units[tensor.unit].coefficients[:-1]
             found = _Comparison(files, plan, tensor, rows, targets).unequal()
             for eta, count in zip(plan.options.etas, found, strict=True):
+                # Stochastic rounding gives one of the two neighbours by design: any element may
+                # differ.
                 limit = 1.0 if plan.options.rounding == STOCHASTIC else _MAX_UNEQUAL
                 if count > max(1, limit * tensor.target.numel):
                     raise CheckpointError(

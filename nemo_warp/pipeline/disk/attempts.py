@@ -181,7 +181,7 @@ def _since_forgiven(attempts: list[Attempt]) -> list[Attempt]:
 def _read(path: Path) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_text())
-    # A killed node can leave an empty file even after an atomic rename (no fsync was reached): such
-    # an attempt counts as one that left no word.
+    # A file system that lost its last seconds may leave less than a record: such an attempt
+    # counts as one that left no word.
     except (FileNotFoundError, ValueError):
         return None
