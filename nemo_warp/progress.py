@@ -1,7 +1,7 @@
 """Progress of long work: a bar on a terminal, a plain line now and then anywhere else.
 
-Batch systems keep what a job prints. A bar that draws itself over with carriage returns is one line
-of megabytes there, in which nothing can be found.
+Batch systems keep what a job prints. A bar that is redrawn with carriage returns would
+be a single line of megabytes there.
 """
 
 from __future__ import annotations

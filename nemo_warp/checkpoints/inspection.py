@@ -1,9 +1,10 @@
 """Describe a checkpoint, hash its weights independently of their layout, compare two.
 
-The hash is the one that a merge records for its inputs: over the canonical names and the CRC-32
-of every tensor's bytes in logical order, vocabulary padding left out. The same model has the same
-hash in every format and layout. It tells any two models apart unless someone forges them, at the
-speed of reading memory; SHA-256 of all bytes would cost more than the rest of a merge.
+The hash is the one that a merge records for its inputs: over the canonical names and the CRC-32 of
+every tensor's bytes in logical order, vocabulary padding left out. The same model has the same hash
+in every format and layout. Different models have different hashes unless one was forged. CRC-32 is
+computed at the speed of reading memory; SHA-256 of all bytes would take longer than the rest of a
+merge.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Whether a checkpoint's bytes are what its writer wrote: the CRC-32 of every torch.save entry.
 
 torch writes a CRC-32 beside each tensor and never compares it when it reads (torch.load has the
-check compiled out), so changed bytes on a disk would train on in silence.
+check compiled out), so a member would train on bytes that changed on
+the disk without any error.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A place on disk; apart from `logical`, so that who needs no tensors needs no torch."""
+"""A place on disk; not in `logical`, so that code that needs no tensors imports no torch."""
 
 from __future__ import annotations
 

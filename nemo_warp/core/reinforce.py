@@ -88,7 +88,8 @@ def top_k_kl(
 
     Args:
         log_probs, anchor_log_probs: [B, S-1], of the sampled ``tokens`` int64 [B, S-1].
-        top_tokens: int64 [B, S-1, K]; ``top``, ``top_anchor``: both laws' log pi of them.
+        top_tokens: int64 [B, S-1, K]; ``top``, ``top_anchor``: log pi of them
+            under policy and anchor.
 
     Returns:
         float32 [B, S-1], in nats.

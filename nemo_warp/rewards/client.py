@@ -1,4 +1,4 @@
-"""The trainer's side: send samples to reward servers, and get scores or honest failures back.
+"""The trainer's side: send samples to reward servers; each gets a score, or NaN and a reason.
 
 Every attempt reads the endpoint file anew and opens its own connection, so a server that was
 restarted on another port is found, and one that belongs to another run is never asked.
@@ -171,7 +171,7 @@ class RewardClient:
         self._pool.shutdown(wait=False)
 
     def _probe(self) -> tuple[Endpoint | None, str]:
-        """The endpoint if the server it names is up, whoever's it is; else what is missing."""
+        """The endpoint if its server is up, of whatever run; else what is missing."""
         endpoint = Endpoint.read(self.endpoint_file)
         if endpoint is None:
             return None, f"there is no endpoint file {self.endpoint_file} (is its server running?)"

@@ -1,4 +1,4 @@
-"""Several rewards as one: a weighted sum in which a failure stays a failure."""
+"""Several rewards as one: a weighted sum; a sample fails if any reward in the sum failed."""
 
 from __future__ import annotations
 

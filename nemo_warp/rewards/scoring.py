@@ -1,7 +1,8 @@
-"""A callable at work: samples wait in line, a stated number of them are scored at a time.
+"""Score samples with a callable: they wait in a queue, a stated number is scored at a time.
 
-Whoever asks gets what has been scored so far and asks again for the rest. A sample that nobody has
-asked for lately is dropped before the callable sees it: its asker gave up, or is dead.
+A client that asks gets the scores that are known so far, and asks again for the rest. A sample that
+no client has asked for within `LEASE_S` is dropped before the callable gets it: its client gave up,
+or has ended.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Sample:
     outcome: Future[Outcome] = field(default_factory=Future)
 
     def begin(self) -> bool:
-        """Whether it is to be scored now; one that nobody wants is settled here."""
+        """Whether to score it now; one that no client asks for any more is dropped here."""
         now = time.monotonic()
         # Asked when it would begin, not when it was handed in: a client that gave up (its time-out,
         # a requeue) leaves nothing that costs GPU time or money.
@@ -67,7 +68,7 @@ class Sample:
 
     @property
     def dropped(self) -> bool:
-        """Nobody wanted it in time; asked for again, it begins anew."""
+        """No client asked for it in time; if one asks again, it is scored anew."""
         return self.outcome.done() and self.outcome.result() is _DROPPED
 
 
@@ -148,7 +149,7 @@ class Desk:
         self._swept = time.monotonic()
 
     def stop(self) -> None:
-        """Let go of whoever waits."""
+        """Let waiting calls return."""
         self._stopping.set()
 
     def score(self, samples: Sequence[Sample]) -> list[Outcome]:
@@ -194,7 +195,7 @@ class Desk:
         return (math.nan, ""), time.monotonic() - since
 
     def _sweep(self, now: float) -> None:
-        """Forget what was scored for nobody."""
+        """Forget samples that no client asks for any more."""
         if now - self._swept > LEASE_S:
             self._swept = now
             self._open = {k: s for k, s in self._open.items() if s.wanted_until > now}

@@ -1,4 +1,4 @@
-"""Threads and event loops for strangers' code: they can be left when a call never returns."""
+"""Threads and event loops for users' callables: the process can end while a call hangs."""
 
 from __future__ import annotations
 

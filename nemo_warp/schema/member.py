@@ -57,9 +57,9 @@ class MemberPrompts(PromptRules):
 
 @dataclass
 class Alarms:
-    """``alarms``: trends over a member's evaluations that are told, in the log and the records.
+    """``alarms``: trends over a member's evaluations that the log and the records warn of.
 
-    Each is against the member's first evaluation; null tells nothing. Nothing is stopped.
+    Each compares with the member's first evaluation; null turns it off. An alarm stops nothing.
     """
 
     entropy_drop: float | None = key(0.5, "share of the entropy that is lost", above=0, high=1)

@@ -9,7 +9,7 @@ from typing import Any
 def check_signal(
     rollout: Mapping[str, Any], algorithm: Mapping[str, Any], prefix: str = ""
 ) -> None:
-    """Refuse settings under which a member would train to no effect, or on another law.
+    """Refuse settings under which a member learns nothing, or is scored as if it sampled otherwise.
 
     Args:
         rollout, algorithm: a member's sections.

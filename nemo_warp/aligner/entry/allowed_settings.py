@@ -1,6 +1,6 @@
 """Settings of NeMo that a checkpoint brings along, or a recipe adds, and that are wrong here.
 
-Each would run: most would give wrong numbers and say nothing. No NeMo.
+NeMo would run with each of them, and most would give wrong numbers without an error. No NeMo.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The frame of the entry points: check, lock the directory, import NeMo, work, tell errors."""
+"""The frame of the entry points: check, lock the directory, import NeMo, work, report errors."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Reward, KL to SFT and KL to the anchor of the present policy on held-out prompts.
 
 Sampling seeds depend on the evaluation's own seed only (common random numbers), so two policies, or
-two steps of one, differ by their weights and not by their luck.
+two steps of one, differ by their weights only.
 """
 
 from __future__ import annotations

@@ -37,8 +37,8 @@ _Answer = TypeVar("_Answer")
 class PolicyLM(TemplateLM):
     """Scores and continues texts with the weights that are in ``model`` at the time.
 
-    Use inside ``model.inference()``. Probabilities are of the untempered law without the rows that
-    only pad the vocabulary.
+    Use inside ``model.inference()``. Probabilities are at temperature 1, without the rows that only
+    pad the vocabulary.
 
     Args:
         model: a policy.
@@ -161,7 +161,7 @@ class PolicyLM(TemplateLM):
             padded[i, : len(tokens)] = torch.tensor(tokens)
             stop = len(tokens) - 1
             mask[i, max(0, stop - len(wanted)) : stop] = 1
-        # The law of the model itself, whatever temperature members sample at.
+        # Temperature 1, whatever temperature members sample at: benchmarks compare models.
         log_probs, best = self.policy.score(padded.cuda(), mask.cuda(), 1.0, len(rows))
         totals = log_probs.double().sum(-1).tolist()
         greedy = (log_probs >= best).all(-1).tolist()  # both are 0 off the mask

@@ -4,7 +4,8 @@ What differs from upstream 0.7.0 (models/nlp/gpt/megatron_gpt_reinforce_actor.py
 - the loss is -sum(weights * log pi) with per-token weights computed on the global batch, so micro
   batch and data-parallel sizes cannot change the gradient (upstream l.135 broadcasts [B, S-1] with
   [B], l.137-141 averages within the micro batch);
-- log-probabilities are those of the law that was sampled from: tempered, padded vocabulary out;
+- log-probabilities are those of the distribution that responses were sampled from: at its
+  temperature, without the rows that pad the vocabulary;
 - sampling is seeded per micro batch.
 Optimizers, precision paths, parallelism and generation (NeMo or TensorRT-LLM) are upstream's.
 """

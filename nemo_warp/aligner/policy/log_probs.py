@@ -25,14 +25,14 @@ from nemo_warp.core.footprint import CHUNK_LOGITS
 
 @dataclass(frozen=True)
 class OutputLayer:
-    """This rank's part of the output layer, and the law that its logits stand for.
+    """This rank's part of the output layer, and how its logits become probabilities.
 
     Attributes:
         weight: [V/TP, H], padding of the vocabulary included.
         first: index in the vocabulary of the weight's first row.
         vocabulary: size without padding; the padding has no probability, as sampling never draws
             it.
-        temperature: of the law.
+        temperature: that logits are divided by.
         soft_cap: logits are capped to +- this (Gemma 2); 0 for none.
         dtype: of the product with the weight: autocast's where that is on, else the weight's.
     """

@@ -1,6 +1,6 @@
 """Which sequences go through the model together: alike in length, cut to the longest of them.
 
-No NeMo. The result does not depend on it; the padding that is computed for nothing does.
+No NeMo. The choice does not change results. It decides how much padding is computed.
 """
 
 from __future__ import annotations

@@ -117,7 +117,8 @@ def _reinforce(plain: dict[str, Any], longest_prompt: int) -> dict[str, Any]:
         "train_tokens": rollout["train_tokens"],
         "offload_adam_states": plain["optim"]["name"] == _DISTRIBUTED_ADAM,
         "log_prob_temperature": plain["algorithm"]["log_prob_temperature"],
-        # min_length 0: forbidding an early end would sample from another law than is scored
+        # min_length 0: a longer one would forbid EOS, so that responses come from another
+        # distribution than the one that they are scored with
         "length_params": {"max_length": rollout["max_response_tokens"], "min_length": 0},
         "sampling_params": {
             "use_greedy": False,

@@ -106,7 +106,7 @@ class ForwardPasses:
         Args:
             tokens: int64 [B, S].
             mask: [B, S-1], positions that are wanted, the others are 0; None for all.
-            temperature: of the law; None for the one that responses are sampled from.
+            temperature: that logits are divided by; None for the one that is sampled at.
             micro_batch_size: sequences at a time; None for the configured one, or token budget.
         """
         mask = torch.ones_like(tokens[:, 1:]) if mask is None else mask
@@ -151,7 +151,7 @@ class ForwardPasses:
     def get_likeliest(
         self, response_tokens: Tensor, mask: Tensor, count: int, reference: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The policy's likeliest tokens in place of each token, with two laws' log pi of them.
+        """The policy's likeliest tokens in place of each token, and their log pi in both models.
 
         Args:
             response_tokens: int64 [b, S].

@@ -121,10 +121,10 @@ def _remove(old: Path) -> None:
 
 @contextmanager
 def telling_full_disks(directory: Path) -> Iterator[None]:
-    """Turn whatever a writer makes of a full disk into one sentence.
+    """Turn any error that a writer raises on a full disk into one sentence.
 
-    torch says "unexpected pos 704 vs 598" or "file write failed", and Megatron's writer processes
-    say it for it: the error itself need not name the cause, so the disk is looked at.
+    torch raises "unexpected pos 704 vs 598" or "file write failed", and Megatron's writer processes
+    pass that on: the error need not name the cause, so the free space is looked up.
 
     Raises:
         RecordError: the disk, or the quota, of ``directory`` is full.

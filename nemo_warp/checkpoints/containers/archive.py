@@ -18,7 +18,7 @@ from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.record import Record
 
 MAX_HEADER_BYTES = 1 << 20
-"""No honest tar header (pax and long names included) comes near this."""
+"""Far more than any tar header that NeMo writes (pax and long names included)."""
 
 _MAX_NAME = 1024
 

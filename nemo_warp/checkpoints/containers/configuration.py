@@ -1,4 +1,4 @@
-"""A checkpoint's YAML: read with bounds, since it is somebody else's. No torch."""
+"""Read a checkpoint's YAML with limits on size and depth, since it is untrusted. No torch."""
 
 from __future__ import annotations
 

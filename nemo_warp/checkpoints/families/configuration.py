@@ -1,7 +1,7 @@
 """From a Hugging Face ``config.json`` to NeMo's ``model_config.yaml``, key by key.
 
 A key that decides what the model computes is mapped, or must have the one value that is named
-here; a key that nobody knows is refused, since it may be either.
+here. An unknown key is refused, since it may change what the model computes.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Positional reads and writes of large pieces past the page cache (O_DIRECT).
 
-A merge moves every byte once, so keeping it in the page cache helps nobody and costs more processor
-time than the arithmetic does: pages are found, copied, zeroed and thrown out again. Where the file
-system has no direct access, and for small pieces and unaligned edges, the page cache is used; Linux
-keeps the two views of a file the same.
+A merge moves every byte once, so nothing reads it from the page cache later, and the page cache
+costs more processor time than the arithmetic does: pages are found, copied, zeroed and thrown out
+again. Where the file system has no direct access, and for small pieces and unaligned edges, the
+page cache is used; Linux keeps the two views of a file the same.
 """
 
 from __future__ import annotations
@@ -108,7 +108,8 @@ class DirectFile:
 def reserve(descriptor: int, size: int) -> None:
     """Have the file system set ``size`` bytes aside for an open file, where it can (fallocate).
 
-    The file stays in one piece, threads may write it at once, and a full disk is told beforehand.
+    The file stays in one piece, threads may write it at once, and a full disk is
+    found before the first byte is written.
 
     Raises:
         OSError: no space.

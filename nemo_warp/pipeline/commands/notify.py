@@ -23,8 +23,8 @@ _EVENTS = {
 def notify(recipe: Recipe, code: int) -> None:
     """Send one JSON object, ``{"event", "name", "run_directory"}``, once per event.
 
-    A URL gets it as a POST, a command on its standard input. That nobody could be told is said
-    and ends no run.
+    A URL gets it as a POST, a command on its standard input. If sending fails, the
+    driver prints it and goes on.
 
     Args:
         recipe: of the run.

@@ -143,9 +143,10 @@ def _refuse_other_launcher(recipe: Recipe) -> None:
 
 
 def refuse_other_code(recipe: Recipe, version: str, agreed: bool = False) -> None:
-    """All members of an iteration are made by the same code.
+    """Refuse a version of the code other than the one that began the iteration.
 
-    That somebody wants it otherwise is kept: the drivers that follow go on with that version.
+    If the user agrees to another version, the agreement is recorded, and later drivers accept that
+    version as well.
 
     Args:
         recipe: of an existing run.

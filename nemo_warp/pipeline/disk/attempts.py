@@ -2,9 +2,10 @@
 
     attempts/001/{attempt.json, log.txt, <step>.log, endpoint_<reward>.json, exit.json}
 
-Progress is the newest training checkpoint, or the points measured. Attempts that began at the same
-step made none; after too many of those, or after an exit code that means "for good", the stage has
-failed until somebody says ``resume`` (which marks the last attempt as forgiven).
+Progress is the newest training checkpoint, or the points measured. An attempt that
+begins at the same step as the one before it means that the latter made no progress. After too many
+of those, or after an exit code of `FOR_GOOD`, the stage has failed until ``resume`` is given (which
+marks the last attempt as forgiven).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Stages whose Slurm job somebody cancelled: nothing brings them back but ``resume``.
+"""Stages whose Slurm job a person cancelled: the driver submits them again after ``resume`` only.
 
     cancelled/iteration_01.member_02.json   {"jobs": ["17_2"], "forgiven": ["12_2"]}
 
-Slurm remembers a cancelled job for minutes (MinJobAge); jobs that are named here are not taken for
-newly cancelled ones.
+Slurm remembers a cancelled job for minutes (MinJobAge); the driver knows from this file
+which of these it has dealt with.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from nemo_warp.records import RecordError, write_json_atomically
 
 
 def note(paths: StagePaths, job: str) -> None:
-    """Somebody cancelled ``job``, which was to make the stage; once forgiven, it stays so."""
+    """Record that ``job`` of this stage was cancelled, unless it was forgiven before."""
     record = _read(paths)
     # Otherwise a job that Slurm still remembers would be cancelled anew after every `resume`.
     if job not in record["jobs"] + record["forgiven"]:
@@ -23,7 +23,7 @@ def note(paths: StagePaths, job: str) -> None:
 
 
 def standing(paths: StagePaths, seen: str | None = None) -> str | None:
-    """The job that was cancelled, if nobody has said since that the stage shall go on.
+    """The stage's cancelled job; None if there is none, or ``resume`` was given since.
 
     Args:
         paths: of the stage.

@@ -121,10 +121,10 @@ class Expected(OnDisk):
 
 
 def refuse_twins(members: dict[str, Completion]) -> None:
-    """Members of one seed are copies, not policies to merge.
+    """Refuse members that have the same seed: they are copies, and merging copies has no effect.
 
-    Equal orders of prompts say nothing by themselves: with one prompt, or duplicates of one, every
-    order is the same, and members of different seeds sample different responses.
+    The order of prompts is not compared: with one prompt, or duplicates of one, every order is the
+    same, and members of different seeds still sample different responses.
 
     Raises:
         RecordError: two members have the same seed.

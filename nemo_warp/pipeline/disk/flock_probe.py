@@ -1,8 +1,9 @@
 """Try whether a lock keeps another node out: ``srun ... python -m ... flock_probe DIRECTORY``.
 
-Two tasks. The first takes a lock and says so with a file; the second must then be refused, say so,
-and get the lock once the first has let go. So it is also tried that each node sees the other's
-files. Exit code 0: both happened; 1: not, and why is on standard error.
+Two tasks. The first takes a lock and makes a file; the second then tries the lock, must be refused,
+makes a file of its own, and must get the lock once the first has released it. This also shows that
+each node sees the other's files. Exit code 0: all of this happened; 1: it did not, and standard
+error says why.
 """
 
 from __future__ import annotations

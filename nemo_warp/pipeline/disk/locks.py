@@ -1,8 +1,9 @@
-"""Advisory locks (flock): who may act now.
+"""Advisory locks (flock): one process at a time works on a stage, or drives a run.
 
-A lock is held by every process that inherited its descriptor and goes when the last of them ends,
-however it ends; there is nothing to clean up. On network file systems flock has to be enabled
-cluster-wide (Lustre: mount option ``flock``); ``nemo-warp doctor --run-directory`` tries it.
+Every process that inherited a lock's descriptor holds the lock. It is released when the last of
+them ends, also if it is killed; there is nothing to clean up. On network file systems flock has to
+be enabled cluster-wide (Lustre: mount option ``flock``); ``nemo-warp doctor --run-directory`` tries
+it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What a stage is asked to do: its configuration, the contents it reads, its command.
 
-A request follows from the recipe and from the completion records of the stages before it. Its
-copy on disk (``stage.json``) tells later whether a finished stage is still the one wanted: when an
-input was made again and came out different, it is not.
+A request follows from the recipe and from the completion records of the stages before it. Its copy
+on disk (``stage.json``) is compared with the request that is wanted later: if an input was made
+again and is different, the finished stage is no longer the one that is wanted.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""What of the caller's environment reaches Slurm's commands and the stages' programs.
+"""Which of the caller's environment variables reach Slurm's commands and the stages' programs.
 
-A shell, an outer job or a cron table may hold variables that are orders: ``SQUEUE_STATES`` hides
-jobs, ``SBATCH_ARRAY_INX`` makes an array of the merge, ``SLURM_GPUS_PER_NODE`` contradicts a step's
-own request, ``RANK`` or ``PMIX_RANK`` make a single program believe that it is one of many. What
-we want is said on the command line; only what tells where the controller is, is taken over.
-Settings of libraries (``NCCL_*``, ``UCX_*``, ``OMPI_MCA_btl``, ``PYTHONPATH``) are the operator's
-and stay.
+A shell, an outer job or a cron table may hold variables that act as options: ``SQUEUE_STATES``
+hides jobs, ``SBATCH_ARRAY_INX`` makes an array of the merge, ``SLURM_GPUS_PER_NODE`` contradicts a
+step's own request, ``RANK`` or ``PMIX_RANK`` make a single program believe that it is one of many.
+All options are given on the command line instead; of Slurm's variables only those are passed on
+that say where the controller is. Settings of libraries (``NCCL_*``, ``UCX_*``, ``OMPI_MCA_btl``,
+``PYTHONPATH``) are the operator's and stay.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _ABOUT_THE_JOB = frozenset(
 _RANKS = ("TORCHELASTIC_", "PMI_", "PMIX_", "OMPI_", "MV2_COMM_", "MPIEXEC_", "HYDRA_")
 _LIBRARY_SETTINGS = ("PMIX_MCA_", "OMPI_MCA_", "OMPI_ALLOW_")
 _OUTER_MPIRUN = ("OMPI_MCA_orte_", "OMPI_MCA_ess_")
-"""mpirun tells its processes where it is as if that were a setting."""
+"""mpirun writes its own address into variables that look like settings."""
 _RANK_NAMES = frozenset(
     {
         "RANK",
@@ -54,7 +54,7 @@ _DEVICES = frozenset(
 def for_slurm() -> dict[str, str]:
     """Environment of sbatch, squeue, scontrol and scancel, and of the jobs that sbatch submits.
 
-    A job is told its devices by Slurm: the caller's are not its.
+    Slurm sets the devices of a job; those of the caller do not apply to it.
     """
     # sbatch exports this environment to the job (--export=ALL), where stale devices would win over
     # those that Slurm gives.

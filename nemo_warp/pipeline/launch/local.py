@@ -1,8 +1,8 @@
 """The local launcher: stages as subprocesses of this machine, as many side by side as configured.
 
-The driver holds the driver lock while it lives. Everything it decides it reads from the disk, so
-it may be killed at any moment; stages it left running finish by themselves, and the next driver
-sees from their locks that they run.
+The driver holds the driver lock while it lives. It reads from the disk what to do next, so it
+may be killed at any moment: the stages that it started finish by themselves, and the next driver
+sees from their locks that they are running.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class LocalDriver:
             self._wait(states)
 
     def _interrupt(self, _number: int, _frame: FrameType | None) -> None:
-        """Only a flag: a task may be about to start, which must be told as well."""
+        """Only set a flag: a task may be about to start, which must get the signal as well."""
         self._interrupted = True
 
     def _stopping(self) -> bool:
@@ -161,7 +161,7 @@ class LocalDriver:
             )
 
     def _ended(self, name: str, code: int) -> None:
-        """One that ended before it could make an attempt would do the same again: not repeated."""
+        """Note how a task ended. One that ended before it made an attempt is not started again."""
         del self._devices[name]
         made = self._newest(name) != self._tries[name]
         # IN_PROGRESS: another process holds the stage; that is how two drivers meet.

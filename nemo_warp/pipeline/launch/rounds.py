@@ -2,8 +2,9 @@
 
 A round submits the next round's driver, which starts when this one's merge has ended in whatever
 way, the members of one iteration (those that are missing, as one array), its merge and its
-evaluation. It may be repeated at any moment, by two people at once: what is done or queued is never
-submitted again, and what somebody cancelled not before ``resume``.
+evaluation. It may be repeated at any moment, by two people at once: a stage that is done or queued
+is not submitted again, and one whose job a person cancelled is submitted again only after
+``resume``.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from nemo_warp.records import config_hash, write_text_atomically
 # A round takes seconds, or minutes while the controller is asked again.
 _LOCK_WAIT_S = 120.0
 _MAX_IDLE_ROUNDS = 2
-"""Jobs that die before they begin must not go on for ever, under cron either."""
+"""After so many rounds in which no stage began the driver gives up, also if cron runs it again."""
 
 Submit = Callable[[list[str]], str]
 

@@ -35,9 +35,9 @@ class Ended(Enum):
 def own_job_id(name: str) -> str | None:
     """Id of the job called ``name`` if this process is in it; of the array task, in an array.
 
-    A process may well be in somebody else's job: a driver started by hand in an interactive
+    The process may be in a job of another name: a driver that a person starts in an interactive
     allocation is. ``SLURM_JOB_ID`` of an array's last task is the id of the whole array: requeueing
-    it would take the healthy siblings along.
+    it would requeue the other tasks as well.
     """
     if "SLURM_JOB_ID" not in os.environ or os.environ.get("SLURM_JOB_NAME") != name:
         return None

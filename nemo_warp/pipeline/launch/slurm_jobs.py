@@ -34,7 +34,7 @@ from nemo_warp.records import write_text_atomically
 
 DRIVER = "driver"
 OWN_LAUNCHER = "launcher.kind=slurm"
-"""Every job is told how it was submitted, whatever the stored recipe says by then."""
+"""On every job's command line: the job is Slurm's, whatever the stored recipe says by then."""
 
 _OVER = frozenset(
     {
@@ -52,7 +52,7 @@ _OVER = frozenset(
 )
 """States of jobs that Slurm still remembers (for MinJobAge), but will do nothing more with."""
 NEVER_SATISFIED = "DependencyNeverSatisfied"
-"""Reason of a job that waits in vain, and of one that Slurm removed for that."""
+"""Reason of a job whose dependency failed, and of one that Slurm removed because of that."""
 
 RESOURCES = {
     MEMBER: "member",

@@ -1,9 +1,10 @@
-"""Watch the steps of one attempt: the first to end decides.
+"""Watch the steps of one attempt: the first to end ends the attempt and gives its exit code.
 
 Order of events: reward servers start; their endpoint files appear (or the deadline passes); the
-stage's program starts; whichever ends first ends the attempt. When a server is lost, or when
-somebody asks for it (SIGUSR1 before the time limit, SIGTERM, the run's STOP file), the program is
-told to save and stop, again and again until it does or its grace is over.
+stage's program starts; whichever ends first ends the attempt. When a server is lost, or on
+request (SIGUSR1 before the time limit, SIGTERM, the run's STOP file), the supervisor signals the
+program to save and stop. It repeats the signal until the program ends, and kills it when the grace
+period (``retries.stop_grace_s``) is over.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ class Supervisor:
     def _stopped(self, reason: str) -> Outcome:
         """The attempt ended because it was asked to.
 
-        Under Slurm SIGUSR1 (time limit) and most SIGTERMs are nobody's wish.
+        Under Slurm, SIGUSR1 (time limit) and most SIGTERMs are not sent by a person.
         """
         wishes = (signal.SIGINT,) if self._allocation.job else (signal.SIGINT, signal.SIGTERM)
         asked = self._signal in wishes or self._recipe.paths.stop.exists()

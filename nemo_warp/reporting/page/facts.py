@@ -98,7 +98,7 @@ def _failures(curve: Curve) -> list[str]:
 
 
 def alarms(curves: Sequence[Curve]) -> list[list[str]]:
-    """Member, step and sentence of each alarm, told once where it goes on for several steps."""
+    """Member, step and sentence of each alarm; one that lasts for several steps appears once."""
     rows, told = [], set()
     for curve in curves:
         for point in curve.points:
