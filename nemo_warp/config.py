@@ -160,7 +160,7 @@ def schema_of(defaults: Path) -> type | None:
         return None
 
 
-def check_resolved(config: DictConfig, defaults: Path, source: str) -> None:
+def check_resolved(config: Any, defaults: Path, source: str) -> None:
     """Check what interpolations gave: `load_config` could not know it yet.
 
     Raises:
@@ -171,7 +171,7 @@ def check_resolved(config: DictConfig, defaults: Path, source: str) -> None:
         check(to_plain(config), schema, source, complete=True)
 
 
-def require_complete(config: DictConfig) -> None:
+def require_complete(config: Any) -> None:
     """Raise ValueError that lists the mandatory values (``???``) nobody gave."""
     missing = list(_mandatory(to_plain(config, resolve=False)))
     if missing:
@@ -189,12 +189,12 @@ def _mandatory(value: Any, path: str = "") -> Iterator[str]:
         yield path
 
 
-def overlaid(*mappings: Mapping[str, Any]) -> DictConfig:
+def overlaid(*mappings: Any) -> DictConfig:
     """One configuration of several mappings; the later ones win, key by key."""
     return cast("DictConfig", OmegaConf.merge(*mappings))
 
 
-def to_plain(config: DictConfig, resolve: bool = True) -> dict[str, Any]:
+def to_plain(config: Any, resolve: bool = True) -> dict[str, Any]:
     """``config`` as dictionaries and lists, interpolations resolved.
 
     Raises:

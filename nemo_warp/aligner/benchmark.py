@@ -12,10 +12,9 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from omegaconf import DictConfig
-
 from nemo_warp.aligner.entry.frame import run_once
 from nemo_warp.aligner.evaluate import check_models, load_evaluation
+from nemo_warp.schema.evaluation import Front
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,12 +31,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parsed = parser.parse_args(arguments)
 
-    def check() -> tuple[DictConfig, Path, None]:
+    def check() -> tuple[Front, Path, None]:
         config = load_evaluation(parsed.config, parsed.overrides)
         check_benchmarks(config)
         return config, Path(config.directory), None
 
-    def work(config: DictConfig, _texts: None) -> int:
+    def work(config: Front, _texts: None) -> int:
         from nemo_warp.aligner.evaluation.benchmarks import measure_benchmarks
 
         return measure_benchmarks(config)
@@ -45,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     return run_once(check, work)
 
 
-def check_benchmarks(config: DictConfig) -> None:
+def check_benchmarks(config: Front) -> None:
     """Refuse what cannot work.
 
     Raises:

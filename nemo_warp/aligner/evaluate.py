@@ -9,8 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-
-from omegaconf import DictConfig
+from typing import cast
 
 from nemo_warp.aligner.entry.engine import engine_batch_size
 from nemo_warp.aligner.entry.frame import run_once
@@ -32,6 +31,7 @@ from nemo_warp.config import (
     to_plain,
 )
 from nemo_warp.prompts import PromptLine, read_prompts
+from nemo_warp.schema.evaluation import Front
 
 _MEMBER_SECTIONS = ("rollout", "algorithm", "reward_client", "evaluation", "trainer", "model")
 
@@ -52,12 +52,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parsed = parser.parse_args(arguments)
 
-    def check() -> tuple[DictConfig, Path, list[PromptLine]]:
+    def check() -> tuple[Front, Path, list[PromptLine]]:
         config = load_evaluation(parsed.config, parsed.overrides)
         texts = check_evaluation(config)
         return config, Path(config.directory), texts
 
-    def work(config: DictConfig, texts: list[PromptLine]) -> int:
+    def work(config: Front, texts: list[PromptLine]) -> int:
         from nemo_warp.aligner.evaluation.front import measure_front
 
         return measure_front(config, texts)
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     return run_once(check, work)
 
 
-def load_evaluation(path: Path, overrides: list[str]) -> DictConfig:
+def load_evaluation(path: Path, overrides: list[str]) -> Front:
     """The evaluation's configuration, its open sections filled from conf/member.yaml."""
     config = load_config(CONF_DIRECTORY / "evaluation.yaml", path, overrides)
     given = {name: to_plain(config)[name] for name in _MEMBER_SECTIONS}
@@ -74,17 +74,18 @@ def load_evaluation(path: Path, overrides: list[str]) -> DictConfig:
     config = overlaid(config, {name: filled[name] for name in _MEMBER_SECTIONS})
     require_complete(config)
     check_resolved(config, CONF_DIRECTORY / "evaluation.yaml", "the configuration")
-    return config
+    return cast("Front", config)
 
 
-def check_models(config: DictConfig) -> None:
+def check_models(config: Front) -> None:
     """Raise ValueError unless base, slerp and SFT are one model that this layout can hold."""
     for name in ("base", "slerp", "sft"):
-        check_layout(read_model_config(Path(config[name])), config, Path(config[name]))
+        path = Path(getattr(config, name))
+        check_layout(read_model_config(path), config, path)
     check_same_model(config, "base", "slerp", "sft")
 
 
-def check_evaluation(config: DictConfig) -> list[PromptLine]:
+def check_evaluation(config: Front) -> list[PromptLine]:
     """Refuse what cannot work; returns the held-out prompts to take from.
 
     Raises:

@@ -10,13 +10,14 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from nemo_warp import exit_codes
 from nemo_warp.aligner.entry.frame import run_once
 from nemo_warp.aligner.entry.validation import max_prompt_tokens, validate_member
 from nemo_warp.config import CONF_DIRECTORY, check_resolved, load_config, require_complete
 from nemo_warp.prompts import PromptLine, read_prompts
+from nemo_warp.schema.member import Member
 
 _EPILOG = f"""\
 run it under srun or torchrun, one process per device:
@@ -48,12 +49,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parsed = parser.parse_args(arguments)
 
-    def check() -> tuple[Any, Path, dict[str, list[PromptLine]]]:
-        config = load_config(CONF_DIRECTORY / "member.yaml", parsed.config, parsed.overrides)
+    def check() -> tuple[Member, Path, dict[str, list[PromptLine]]]:
+        given = load_config(CONF_DIRECTORY / "member.yaml", parsed.config, parsed.overrides)
+        config = cast("Member", given)
         prompts = check_member(config)
         return config, Path(config.run.directory), prompts
 
-    def work(config: Any, prompts: dict[str, list[PromptLine]]) -> int:
+    def work(config: Member, prompts: dict[str, list[PromptLine]]) -> int:
         from nemo_warp.aligner.member.run import run_member
 
         return run_member(config, prompts, started)
@@ -61,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     return run_once(check, work)
 
 
-def check_member(config: Any) -> dict[str, list[PromptLine]]:
+def check_member(config: Member) -> dict[str, list[PromptLine]]:
     """Refuse what cannot work; returns the ``train`` and ``heldout`` prompts.
 
     Raises:
@@ -72,7 +74,7 @@ def check_member(config: Any) -> dict[str, list[PromptLine]]:
     validate_member(config)
     max_prompt_tokens(config, config.init)
     texts = {
-        name: read_prompts(Path(config.prompts[name]), config.prompts.key)
+        name: read_prompts(Path(getattr(config.prompts, name)), config.prompts.key)
         for name in ("train", "heldout")
     }
     if len(texts["heldout"]) < config.evaluation.num_prompts:

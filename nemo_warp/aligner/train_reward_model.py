@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from nemo_warp import exit_codes
 from nemo_warp.aligner.entry.frame import refuse
@@ -23,6 +23,7 @@ from nemo_warp.aligner.entry.validation import (
     read_model_config,
 )
 from nemo_warp.config import CONF_DIRECTORY, check_resolved, load_config, require_complete
+from nemo_warp.schema.reward_model import RewardModel
 
 EPILOG = """
 examples:
@@ -35,7 +36,7 @@ conf/reward_model.yaml lists every key.
 """
 
 
-def check(config: Any) -> None:
+def check(config: RewardModel) -> None:
     """Refuse what cannot work, before NeMo is imported.
 
     Raises:
@@ -54,10 +55,11 @@ def check(config: Any) -> None:
     if config.max_tokens is not None and not 1 <= config.max_tokens <= context:
         raise ValueError(f"max_tokens is {config.max_tokens}, but {init} reads {context} tokens")
     for name in ("train", "validation"):
-        pairs = count_pairs(Path(config.pairs[name]))
+        path = Path(getattr(config.pairs, name))
+        pairs = count_pairs(path)
         if pairs < config.global_batch_size:
             raise ValueError(
-                f"{config.pairs[name]} has {pairs} pairs, fewer than one batch "
+                f"{path} has {pairs} pairs, fewer than one batch "
                 f"(global_batch_size is {config.global_batch_size})"
             )
 
@@ -99,7 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(argv)
     files = [parsed.config] if parsed.config else []
     try:
-        config = load_config(CONF_DIRECTORY / "reward_model.yaml", *files, parsed.overrides)
+        given = load_config(CONF_DIRECTORY / "reward_model.yaml", *files, parsed.overrides)
+        config = cast("RewardModel", given)
         require_complete(config)
         check_resolved(config, CONF_DIRECTORY / "reward_model.yaml", "the configuration")
         check(config)

@@ -13,6 +13,9 @@ from nemo_warp.aligner.entry.allowed_settings import check_settings
 from nemo_warp.aligner.entry.engine import engine_batch_size
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.meaning import check_same_meaning, read_meaning
+from nemo_warp.config import to_plain
+from nemo_warp.schema.evaluation import Front
+from nemo_warp.schema.member import Member
 from nemo_warp.schema.rules import check_clip, check_signal
 
 _MODEL_CONFIG = "model_config.yaml"
@@ -26,7 +29,7 @@ _SIZES = (
 """What is computed with before NeMo is imported; null is allowed for the query groups only."""
 
 
-def validate_member(config: Any) -> None:
+def validate_member(config: Member) -> None:
     """Refuse a member that cannot work.
 
     Raises:
@@ -36,11 +39,12 @@ def validate_member(config: Any) -> None:
     _check_batch_sizes(config)
     check_judges(config)
     for name in ("init", "sft"):
-        check_layout(read_model_config(Path(config[name])), config, Path(config[name]))
+        path = Path(getattr(config, name))
+        check_layout(read_model_config(path), config, path)
     check_same_model(config, "init", "sft")
 
 
-def check_judges(config: Any) -> None:
+def check_judges(config: Member | Front) -> None:
     """Refuse judges that cannot be told from a reward, or from each other.
 
     Raises:
@@ -56,7 +60,7 @@ def check_judges(config: Any) -> None:
         seen.add(judge.name)
 
 
-def check_same_model(config: Any, *names: str) -> None:
+def check_same_model(config: Member | Front, *names: str) -> None:
     """Refuse checkpoints whose weights would mean something else in the first one's model.
 
     Raises:
@@ -65,7 +69,7 @@ def check_same_model(config: Any, *names: str) -> None:
     if config.allow_different_configs:
         return
     # In the order given (the first is the reference), and a file that serves twice read once.
-    paths = dict.fromkeys(config[name] for name in names)
+    paths = dict.fromkeys(getattr(config, name) for name in names)
     try:
         models = {path: read_meaning(Path(path)) for path in paths}
     except CheckpointError as error:
@@ -73,7 +77,7 @@ def check_same_model(config: Any, *names: str) -> None:
     check_same_meaning(models, "set allow_different_configs=true")
 
 
-def _check_algorithm(config: Any) -> None:
+def _check_algorithm(config: Member) -> None:
     algorithm = config.algorithm
     if algorithm.anchor == "none" and algorithm.kl_coefficient != 0:
         raise ValueError(
@@ -85,8 +89,9 @@ def _check_algorithm(config: Any) -> None:
             f"run.measure_anchor is true, but algorithm.anchor is {algorithm.anchor}: only an EMA "
             "anchor is a policy of its own; set run.measure_anchor=false"
         )
-    check_signal(config.rollout, algorithm)
-    for number, reward in enumerate(config.rewards):
+    plain = to_plain(config)
+    check_signal(plain["rollout"], plain["algorithm"])
+    for number, reward in enumerate(plain["rewards"]):
         check_clip(reward, f"rewards.{number}")
     scheme = (config.model.extra.get("peft") or {}).get("peft_scheme", "none")
     if scheme not in (None, "none"):
@@ -96,7 +101,7 @@ def _check_algorithm(config: Any) -> None:
         )
 
 
-def _check_batch_sizes(config: Any) -> None:
+def _check_batch_sizes(config: Member) -> None:
     dp, rollout = data_parallel_size(config), config.rollout
     # Members are checked for whole batches here, because Megatron's microbatch calculator asserts
     # in the middle of the first step otherwise, on every rank and with no key named.
@@ -115,7 +120,9 @@ def _check_batch_sizes(config: Any) -> None:
     engine_batch_size(rollout, config.evaluation)
     # A save in the middle of a rollout would need the rollout itself to be saved.
     for key in ("total_steps", "eval_interval", "save_interval"):
-        _require_multiple(f"run.{key}", config.run[key], "rollout.updates_per_rollout", updates)
+        _require_multiple(
+            f"run.{key}", getattr(config.run, key), "rollout.updates_per_rollout", updates
+        )
 
 
 def check_evaluation_sizes(evaluation: Any, forward_micro_batch_size: int, dp: int) -> None:
@@ -213,7 +220,7 @@ def context_length(model: dict[str, Any]) -> int:
     return min(model["max_position_embeddings"], model["encoder_seq_length"])
 
 
-def max_prompt_tokens(config: Any, checkpoint: str) -> int:
+def max_prompt_tokens(config: Member | Front, checkpoint: str) -> int:
     """What the context of ``checkpoint`` leaves for a prompt; ``prompts.max_tokens`` if less.
 
     With TensorRT-LLM no more than the engine takes: a longer prompt would end the run at the step

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 
 from nemo_warp import exit_codes
 from nemo_warp.aligner.entry.versions import package_versions
@@ -17,9 +16,10 @@ from nemo_warp.aligner.evaluation.points import POINTS_FILE, measured_points
 from nemo_warp.config import identity_hash, to_plain
 from nemo_warp.progress import progress
 from nemo_warp.records import Completion, code_version, hash_file, write_completion
+from nemo_warp.schema.evaluation import Front
 
 
-def measure_benchmarks(config: DictConfig) -> int:
+def measure_benchmarks(config: Front) -> int:
     """Score what ``points.jsonl`` lacks of the line from base to slerp. Collective."""
     path = Path(config.directory) / POINTS_FILE
     done = measured_points(path)
@@ -41,7 +41,7 @@ def measure_benchmarks(config: DictConfig) -> int:
     return exit_codes.DONE
 
 
-def _measure(config: DictConfig, path: Path, missing: list[float]) -> None:
+def _measure(config: Front, path: Path, missing: list[float]) -> None:
     wanted = config.benchmarks
     manager = task_manager(None if wanted.include is None else Path(wanted.include))
     line = Line(config)

@@ -24,6 +24,8 @@ from nemo_warp.aligner.sampling.rollouts import (
 from nemo_warp.aligner.weights.sharded import GatheredWeights, ShardedWeights
 from nemo_warp.core.reinforce import sequence_kl
 from nemo_warp.evidence.responses import write_responses
+from nemo_warp.schema.evaluation import Front
+from nemo_warp.schema.member import Member
 
 
 class Evaluator:
@@ -38,7 +40,7 @@ class Evaluator:
 
     def __init__(
         self,
-        config: Any,
+        config: Member | Front,
         model: Any,
         prompts: list[Prompt],
         rewards: RewardSource,

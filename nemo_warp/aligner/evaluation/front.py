@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 
 from nemo_warp import exit_codes
 from nemo_warp.aligner.entry.prompts import Rules, encoder, tokenize
@@ -38,9 +37,10 @@ from nemo_warp.records import (
     write_completion,
     write_json_atomically,
 )
+from nemo_warp.schema.evaluation import Front
 
 
-def measure_front(config: DictConfig, texts: list[PromptLine]) -> int:
+def measure_front(config: Front, texts: list[PromptLine]) -> int:
     """Measure what ``points.jsonl`` lacks, then write the completion record. Collective."""
     front = _Front(config, texts)
     front.measure()
@@ -56,7 +56,7 @@ def measure_front(config: DictConfig, texts: list[PromptLine]) -> int:
 class _Front:
     """Points on record, and the model that measures others; it is loaded when one is missing."""
 
-    def __init__(self, config: DictConfig, texts: list[PromptLine]) -> None:
+    def __init__(self, config: Front, texts: list[PromptLine]) -> None:
         self.config, self.texts = config, texts
         self.path = Path(config.directory) / POINTS_FILE
         judges = [judge.name for judge in config.judges]
@@ -83,6 +83,7 @@ class _Front:
             ValueError: the budget is outside of the front, or not met to the tolerance.
         """
         pick = self.config.pick
+        assert pick.kl is not None
 
         def kl_at(kappa: float) -> float:
             if ("init", kappa) not in self.points:
@@ -129,7 +130,7 @@ class _Front:
         return Evaluator(config, model, prompts[:count], self._rewards, line.sft)
 
 
-def _complete(config: DictConfig, path: Path, chosen: dict[str, Any] | None) -> None:
+def _complete(config: Front, path: Path, chosen: dict[str, Any] | None) -> None:
     """The record names the responses, too; points of an earlier version have none."""
     directory = path.parent
     path.touch()  # a budget that a known point meets measures nothing

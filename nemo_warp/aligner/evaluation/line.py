@@ -7,13 +7,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from omegaconf import DictConfig
+from typing import Any, cast
 
 from nemo_warp.aligner.policy.build import Policy, build_policy
 from nemo_warp.aligner.weights.intact import refuse_damaged
 from nemo_warp.config import overlaid
+from nemo_warp.schema.evaluation import Front
+from nemo_warp.schema.member import Member
 
 # Nothing is trained, and none is made; but NeMo's configuration wants one.
 _OPTIMIZER = {"name": "adamw", "lr": 1e-6, "betas": [0.9, 0.95], "weight_decay": 0.0}
@@ -30,10 +30,10 @@ class Line:
         sft: weights of the SFT policy.
     """
 
-    def __init__(self, config: DictConfig) -> None:
+    def __init__(self, config: Front) -> None:
         others = tuple(p for p in (config.slerp, config.sft) if p != config.base)
         optimizer = {**_OPTIMIZER, "warmup_steps": 0, "extra": {}}
-        whole = overlaid(config, {"init": config.base, "optim": optimizer})
+        whole = cast("Member", overlaid(config, {"init": config.base, "optim": optimizer}))
         self.policy: Policy
         self.policy, shards = build_policy(
             whole, config.evaluation.num_prompts, 1, others, trains=False

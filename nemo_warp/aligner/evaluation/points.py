@@ -7,14 +7,14 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from nemo_warp.schema.evaluation import Front
 
 POINTS_FILE = "points.jsonl"
 CHOSEN_FILE = "chosen.json"
 """The point at a KL budget: kappa, its measured KL, and all of the point."""
 
 
-def wanted_points(config: DictConfig) -> Iterator[tuple[str, float]]:
+def wanted_points(config: Front) -> Iterator[tuple[str, float]]:
     """(base, eta) of every point of the front, in the order they are measured."""
     bases = ["init"]
     if config.towards_sft and config.sft != config.base:

@@ -11,6 +11,7 @@ from torch import Tensor
 from nemo_warp.aligner.sampling.rollouts import Rollouts, gather_rows, local_rows
 from nemo_warp.aligner.sampling.timings import Timings
 from nemo_warp.aligner.weights.sharded import ShardedWeights
+from nemo_warp.config import to_plain
 from nemo_warp.core.reinforce import (
     TOP_K_ESTIMATORS,
     Advantages,
@@ -21,6 +22,7 @@ from nemo_warp.core.reinforce import (
     top_k_kl,
 )
 from nemo_warp.rewards.scale import Scale, optimised
+from nemo_warp.schema.member import Member
 
 _MOST_BYTES = 4 * 2**30
 """Of a batch, with the estimators that hold several tokens of each position."""
@@ -54,7 +56,7 @@ class Objective:
     """
 
     def __init__(
-        self, config: Any, model: Any, reference: ShardedWeights | None, timings: Timings
+        self, config: Member, model: Any, reference: ShardedWeights | None, timings: Timings
     ) -> None:
         self.config = config
         self.model = model
@@ -105,10 +107,11 @@ class Objective:
 
     def _rewards(self, rollouts: Rollouts) -> Tensor:
         """What is maximised, float32 [B]: the rewards, standardised over the batch where asked."""
-        scales = [Scale.of(reward) for reward in self.config.rewards]
+        rewards = to_plain(self.config)["rewards"]
+        scales = [Scale.of(reward) for reward in rewards]
         if all(scale.standardize == "none" for scale in scales) or rollouts.parts is None:
             return rollouts.rewards
-        weights = [float(reward.get("weight", 1.0)) for reward in self.config.rewards]
+        weights = [float(reward.get("weight", 1.0)) for reward in rewards]
         total = optimised(rollouts.parts.double().cpu().numpy(), scales, weights)
         return torch.as_tensor(total).to(rollouts.rewards)
 

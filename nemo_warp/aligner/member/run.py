@@ -38,6 +38,7 @@ from nemo_warp.records import (
     write_completion,
     write_json_atomically,
 )
+from nemo_warp.schema.member import Member as MemberConfig
 
 EXIT_CODES = {
     Outcome.DONE: exit_codes.DONE,
@@ -48,7 +49,7 @@ EXIT_CODES = {
 POLICY_FILE = "policy.nemo"
 
 
-def run_member(config: Any, texts: dict[str, list[PromptLine]], started: float) -> int:
+def run_member(config: MemberConfig, texts: dict[str, list[PromptLine]], started: float) -> int:
     """Train to step T, or stop resumably. Collective; call after `compat.activate`.
 
     Args:
@@ -78,7 +79,9 @@ class Member:
     trainer: WarpReinforceTrainer
 
 
-def build_member(config: Any, texts: dict[str, list[PromptLine]], stop: StopRequest) -> Member:
+def build_member(
+    config: MemberConfig, texts: dict[str, list[PromptLine]], stop: StopRequest
+) -> Member:
     """Load, restore and connect everything one member needs."""
     rollout = config.rollout
     batch = rollout.prompts_per_step * rollout.samples_per_prompt
@@ -137,7 +140,7 @@ def _check_end_token(model: Any, init: str) -> None:
         )
 
 
-def finish(config: Any, texts: dict[str, list[PromptLine]], member: Member) -> None:
+def finish(config: MemberConfig, texts: dict[str, list[PromptLine]], member: Member) -> None:
     """Export the policy of step T and write the completion record, last."""
     trainer = member.trainer
     directory = Path(config.run.directory)
@@ -183,7 +186,7 @@ def _left_out(trainer: WarpReinforceTrainer, lines: list[PromptLine]) -> dict[st
     return {"prompts_dropped": dropped} if dropped else {}
 
 
-def _resume(config: Any, policy: Policy, anchor: EmaAnchor | None) -> dict[str, Any]:
+def _resume(config: MemberConfig, policy: Policy, anchor: EmaAnchor | None) -> dict[str, Any]:
     directory = Path(config.run.directory) / "checkpoints"
     checkpoints = training_checkpoint.completed_checkpoints(directory)
     if not checkpoints:
@@ -222,9 +225,9 @@ def _move_aside(damaged: dict[Path, str], intact: Path) -> None:
     torch.distributed.barrier()
 
 
-def _tokenize(config: Any, model: Any, name: str, lines: list[PromptLine]) -> list[Prompt]:
+def _tokenize(config: MemberConfig, model: Any, name: str, lines: list[PromptLine]) -> list[Prompt]:
     rules = Rules.of(config.prompts, max_prompt_tokens(config, config.init))
-    file, needed = Path(config.prompts[name]), 1
+    file, needed = Path(getattr(config.prompts, name)), 1
     if name == "heldout":
         needed = config.evaluation.num_prompts
     encode = encoder(model.prompt_encoder(), model.tokenizer, config.prompts.add_bos)
@@ -236,7 +239,7 @@ def _tokenize(config: Any, model: Any, name: str, lines: list[PromptLine]) -> li
     return prompts
 
 
-def _open_log(config: Any, step: int) -> MetricsLog | SilentLog:
+def _open_log(config: MemberConfig, step: int) -> MetricsLog | SilentLog:
     if torch.distributed.get_rank() != 0:
         return SilentLog()
     directory = Path(config.run.directory)

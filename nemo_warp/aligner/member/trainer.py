@@ -37,6 +37,7 @@ from nemo_warp.evidence.responses import responses_file
 from nemo_warp.progress import progress
 from nemo_warp.records import RecordError
 from nemo_warp.rewards import RewardFailureRateError
+from nemo_warp.schema.member import Member
 
 
 class Outcome(Enum):
@@ -61,7 +62,7 @@ class WarpReinforceTrainer:
 
     def __init__(
         self,
-        config: Any,
+        config: Member,
         model: Any,
         optimizer: Any,
         scheduler: Any,

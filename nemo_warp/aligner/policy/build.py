@@ -22,6 +22,7 @@ from nemo_warp.aligner.policy.actor import WarpActorModel
 from nemo_warp.aligner.policy.nemo_config import nemo_config
 from nemo_warp.aligner.weights.masters import reachable_masters, set_masters
 from nemo_warp.aligner.weights.sharded import ShardedWeights
+from nemo_warp.schema.member import Member
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Policy:
 
 
 def build_policy(
-    config: DictConfig,
+    config: Member,
     global_batch_size: int,
     max_steps: int,
     others: tuple[str, ...] = (),

@@ -11,13 +11,14 @@ from nemo_warp.aligner.entry.engine import engine_batch_size, engine_directory
 from nemo_warp.aligner.entry.validation import max_prompt_tokens
 from nemo_warp.aligner.policy.stored_config import imported_end_strings, stored_config
 from nemo_warp.config import overlaid, to_plain
+from nemo_warp.schema.member import Member
 
 _DISTRIBUTED_ADAM = "distributed_fused_adam"
 _MCORE_DISTRIBUTED = "mcore_distributed_optim"
 
 
 def nemo_config(
-    config: DictConfig, checkpoint: str, global_batch_size: int, max_steps: int
+    config: Member, checkpoint: str, global_batch_size: int, max_steps: int
 ) -> DictConfig:
     """NeMo's tree (``trainer``, ``model``) for a checkpoint, whose artifacts the model refers to.
 

@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from nemo_warp.aligner.policy.stored_config import stored_config
 from nemo_warp.config import overlaid, to_plain
 from nemo_warp.records import code_version, config_hash, hash_file, write_json_atomically
+from nemo_warp.schema.reward_model import RewardModel
 
 _MIN_LR_SHARE = 0.1
 
@@ -56,7 +57,7 @@ class RewardModelInTraining(MegatronGPTRewardModel):
         self._base_is_loaded = True
 
 
-def train_reward_model(config: Any) -> dict[str, Any]:
+def train_reward_model(config: RewardModel) -> dict[str, Any]:
     """Train, write ``config.output`` and its metrics, and return these. Collective.
 
     Returns:
@@ -102,7 +103,7 @@ class _History:
         """Nothing to flush."""
 
 
-def _nemo_tree(config: Any) -> DictConfig:
+def _nemo_tree(config: RewardModel) -> DictConfig:
     """NeMo's ``trainer`` and ``model``: the checkpoint's own configuration under our overrides."""
     plain = to_plain(config)
     trainer = {k: v for k, v in plain["trainer"].items() if k != "gradient_clip_val"}
@@ -147,7 +148,7 @@ def _optimizer(optim: dict[str, Any]) -> dict[str, Any]:
 
 
 def _supervised_trainer(
-    config: Any, tree: DictConfig, trainer: Any, model: Any, log: _History
+    config: RewardModel, tree: DictConfig, trainer: Any, model: Any, log: _History
 ) -> SupervisedTrainer:
     loaders, train_set = _dataloaders(config, tree, model)
     init_using_ptl(trainer, model, loaders["train"], train_set)
@@ -177,7 +178,7 @@ def _supervised_trainer(
     )
 
 
-def _dataloaders(config: Any, tree: DictConfig, model: Any) -> tuple[dict[str, Any], Any]:
+def _dataloaders(config: RewardModel, tree: DictConfig, model: Any) -> tuple[dict[str, Any], Any]:
     sets = {name: _pairs(config, tree, model, name) for name in ("train", "validation")}
     loaders = {
         name: build_dataloader(
@@ -195,13 +196,13 @@ def _dataloaders(config: Any, tree: DictConfig, model: Any) -> tuple[dict[str, A
     return loaders, sets["train"]
 
 
-def _pairs(config: Any, tree: DictConfig, model: Any, name: str) -> RewardModelDataset:
+def _pairs(config: RewardModel, tree: DictConfig, model: Any, name: str) -> RewardModelDataset:
     """The pairs of one file whose two texts both fit.
 
     NeMo-Aligner takes another pair in place of one that does not (data/nlp/datasets.py:256), which
     weighs its neighbours more and runs off the end of the file.
     """
-    path = Path(config.pairs[name])
+    path = Path(getattr(config.pairs, name))
     max_tokens = config.max_tokens or tree.model.encoder_seq_length
     texts = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     fits = [len(model.tokenizer.text_to_ids(text["text"])) <= max_tokens for text in texts]
@@ -243,7 +244,7 @@ def _collate(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return batch
 
 
-def _metrics(config: Any, log: _History) -> dict[str, Any]:
+def _metrics(config: RewardModel, log: _History) -> dict[str, Any]:
     from importlib.metadata import version
 
     return {
@@ -252,7 +253,9 @@ def _metrics(config: Any, log: _History) -> dict[str, Any]:
         "validation": log.validations[-1],
         "history": log.validations,
         "config_hash": config_hash(to_plain(config)),
-        "pairs": {name: hash_file(Path(path)).sha256 for name, path in config.pairs.items()},
+        "pairs": {
+            name: hash_file(Path(path)).sha256 for name, path in to_plain(config)["pairs"].items()
+        },
         "init": hash_file(Path(config.init)).sha256,
         "code_version": code_version(),
         "versions": {name: version(name) for name in ("torch", "nemo-toolkit", "nemo-aligner")},

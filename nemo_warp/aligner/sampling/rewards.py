@@ -13,10 +13,13 @@ from nemo_aligner.utils.parallel_state import get_model_parallel_src_rank
 from torch import Tensor
 
 from nemo_warp.aligner.entry.prompts import Prompt
+from nemo_warp.config import to_plain
 from nemo_warp.prompts import PromptLine
 from nemo_warp.rewards import RewardError, RewardFailureRateError
 from nemo_warp.rewards.mixture import RewardMixture
 from nemo_warp.rewards.settings import RewardClientSettings
+from nemo_warp.schema.evaluation import Front
+from nemo_warp.schema.member import Member
 
 
 @dataclass(frozen=True)
@@ -53,24 +56,24 @@ class RewardSource:
         run_id: the servers' run identity.
     """
 
-    def __init__(self, config: Any, run_id: str) -> None:
+    def __init__(self, config: Member | Front, run_id: str | None) -> None:
         # All ranks of a model-parallel group hold the same responses: one of them asks, or each
         # reward would be paid for TP x PP times.
         self._is_source = torch.distributed.get_rank() == get_model_parallel_src_rank()
         self._mixture = self._judges = None
         self._weights = {reward.name: float(reward.weight) for reward in config.rewards}
-        self._divided = {r.name for r in config.rewards if r.get("standardize") == "deviation"}
+        plain = to_plain(config)
+        rewards, client = plain["rewards"], plain["reward_client"]
+        self._divided = {r["name"] for r in rewards if r.get("standardize") == "deviation"}
         self._judge_names = [judge.name for judge in config.judges]
         if self._is_source:
-            self._mixture = RewardMixture.from_config(
-                config.rewards, config.reward_client, run_id=run_id
-            )
+            self._mixture = RewardMixture.from_config(rewards, client, run_id=run_id)
         if self._is_source and config.judges:
             # Weight 0: a mixture's sum must not have a judge's score in it, whoever adds it up.
-            judges = [{**judge, "weight": 0.0} for judge in config.judges]
-            self._judges = RewardMixture.from_config(judges, config.reward_client, run_id=run_id)
-        self._budget = RewardClientSettings.from_config(config.reward_client).failure_budget()
-        self._files = dict(config.prompts)
+            judges = [{**judge, "weight": 0.0} for judge in plain["judges"]]
+            self._judges = RewardMixture.from_config(judges, client, run_id=run_id)
+        self._budget = RewardClientSettings.from_config(client).failure_budget()
+        self._files = plain["prompts"]
         # Texts cannot be in the tensors that are gathered, so they are kept until `check` asks for
         # them.
         self._reasons: list[str] = []  # of the failures since the last check
