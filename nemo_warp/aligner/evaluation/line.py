@@ -42,7 +42,7 @@ class Line:
         self.sft = self.policy.other_weights(shards.get(config.sft))
         self._slerp = self.policy.other_weights(shards.get(config.slerp))
         self._bases = {"init": self.policy.other_weights(None), "sft": self.sft}
-        if not config.get("towards_sft"):
+        if not config.towards_sft:
             self.sft.round_()  # the KL reference of every point, and no point's base
 
     @contextmanager
