@@ -145,6 +145,9 @@ def test_endpoints_and_space_are_looked_at_first(sandbox: Sandbox) -> None:
     assert "TB are needed below" in output
     assert not (sandbox.run_directory / "iteration_01").exists()
     assert "run would refuse this here" in sandbox.call("plan")[1]
+    code, output = sandbox.call("status")
+    assert code == exit_codes.MISCONFIGURED
+    assert "has not been started, and run would refuse it here: run_directory: about" in output
 
 
 def test_an_iteration_is_made_by_one_version_of_the_code(finished: Sandbox) -> None:

@@ -9,6 +9,7 @@ from functools import wraps
 from pathlib import Path
 
 from nemo_warp import exit_codes
+from nemo_warp.pipeline.commands.checks import check_before_start
 from nemo_warp.pipeline.disk.locks import LockHeldError
 from nemo_warp.pipeline.disk.state import QueuedJob
 from nemo_warp.pipeline.launch import slurm, slurm_jobs
@@ -60,8 +61,16 @@ def existing(args: argparse.Namespace) -> Recipe:
     """
     recipe = load(args, files_here=False)  # inputs may be gone, or on another machine
     if not recipe.paths.recipe.exists():
-        raise ValueError(f"{recipe.paths.root} has not been started; nemo-warp run {args.recipe}")
+        raise ValueError(f"{recipe.paths.root} has not been started{_why_not(recipe)}")
     return load_recipe(recipe.paths.root, args.overrides, files_here=False)
+
+
+def _why_not(recipe: Recipe) -> str:
+    try:
+        check_before_start(recipe)
+    except ValueError as error:
+        return f", and run would refuse it here: {error}"
+    return f"; nemo-warp run {recipe.arguments[0]}"
 
 
 def queue_of(recipe: Recipe) -> dict[str, QueuedJob] | None:

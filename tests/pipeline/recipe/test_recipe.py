@@ -184,6 +184,19 @@ def test_bad_recipes_end_with_a_sentence_and_code_2(sandbox: Sandbox) -> None:
     assert len(output.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("trainer", "expected"),
+    [({}, 4), ({"devices": 1}, 1), ({"devices": 6}, 2), ({"devices": 2}, 2)],
+)
+def test_the_default_layout_fits_the_ranks(sandbox: Sandbox, trainer, expected: int) -> None:
+    """TP 4 is for a node of eight; who asks for one device asks for no shards."""
+    sandbox.save(member={"run": {"total_steps": 2}, "trainer": {"accelerator": "cpu", **trainer}})
+    member = load_recipe(sandbox.recipe).member_config(1, 1)
+    assert member["model"]["tensor_model_parallel_size"] == expected
+    given = load_recipe(sandbox.recipe, ["member.model.tensor_model_parallel_size=1"])
+    assert given.member_config(1, 1)["model"]["tensor_model_parallel_size"] == 1
+
+
 def test_every_recipe_in_the_repository_is_valid() -> None:
     others = ("pretrain.yaml", "study")  # of the tiny SFT model; of `nemo-warp study`
     files = [f for f in ROOT.glob("recipes/*/*.yaml") if not {*others} & {f.name, f.parent.name}]
