@@ -56,7 +56,7 @@ def write_hf_model(
     family: str,
     seed: int = 0,
     near: Path | None = None,
-    vocabulary: int | None = None,
+    changes: dict[str, Any] | None = None,
     **options: Any,
 ) -> Path:
     """Save a random model; returns the folder.
@@ -66,12 +66,12 @@ def write_hf_model(
         family: of `FAMILIES`.
         seed: of the weights.
         near: write this model with small random changes instead of another one.
-        vocabulary: rows of the embedding, other than the family's here.
+        changes: to its configuration.
         **options: of ``save_pretrained``.
     """
     import transformers
 
-    keys = {**_SIZES, **FAMILIES[family]} | ({"vocab_size": vocabulary} if vocabulary else {})
+    keys = {**_SIZES, **FAMILIES[family], **(changes or {})}
     config = transformers.AutoConfig.for_model(keys.pop("model_type"), **keys)
     torch.manual_seed(seed)
     fresh = transformers.AutoModelForCausalLM.from_config

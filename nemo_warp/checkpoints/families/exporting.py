@@ -9,6 +9,12 @@ from typing import Any
 
 from nemo_warp.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from nemo_warp.checkpoints.containers.archive import open_archive
+from nemo_warp.checkpoints.families.classifier import (
+    classifier_config,
+    is_reward_model,
+    used_tensors,
+    with_head,
+)
 from nemo_warp.checkpoints.families.configuration import nemo_keys, same_value
 from nemo_warp.checkpoints.families.importing import ORIGIN
 from nemo_warp.checkpoints.families.publishing import new_folder
@@ -40,7 +46,8 @@ def export_hf(
     """Write ``output``, a Hugging Face folder, from a NeMo checkpoint of any format.
 
     Args:
-        source: a policy, a merge, or any point of a front.
+        source: a policy, a merge, any point of a front, or a reward model, which becomes a
+            sequence classifier.
         output: must not exist.
         like: folder of the model that training began with, for config.json and tokenizer; by
             default what `import_hf` left in the checkpoint.
@@ -57,9 +64,12 @@ def export_hf(
     hf, files = _origin(checkpoint, like)
     keys = nemo_keys(hf, f"config.json of {like or source}", ignored=hf)
     _check_same_model(checkpoint, keys, hf)
-    joined = taken_apart(megatron_tensors(keys))
-    check_complete(joined, checkpoint.tensors, str(source), frozenset(VOCABULARY_TENSORS))
-    dtypes = {checkpoint.tensors[one.runs[0].name].dtype for one in joined}
+    joined, tensors = taken_apart(megatron_tensors(keys)), checkpoint.tensors
+    if is_reward_model(checkpoint):
+        joined, tensors = with_head(checkpoint, joined), used_tensors(checkpoint)
+        hf = classifier_config(checkpoint, hf)
+    check_complete(joined, tensors, str(source), frozenset(VOCABULARY_TENSORS))
+    dtypes = {tensors[one.runs[0].name].dtype for one in joined}
     if len(dtypes) == 1:
         hf = {**hf, "torch_dtype": str(next(iter(dtypes))).removeprefix("torch.")}
     with new_folder(output) as folder:
@@ -91,13 +101,12 @@ def _check_same_model(checkpoint: Checkpoint, keys: dict[str, Any], hf: dict[str
         found = checkpoint.config.get(key, expected)
         if key == "activation":
             found, expected = (str(one).removeprefix("fast-") for one in (found, expected))
-        if key not in _FREE and not same_value(found, expected):
+        tied = key == "share_embeddings_and_output_weights" and is_reward_model(checkpoint)
+        if key not in _FREE and not tied and not same_value(found, expected):
             raise ValueError(
                 f"{checkpoint.path}: {key} is {found}, but {expected} in a {hf['model_type']} of "
                 "its config.json; it is another model"
             )
-    if "rm_head.weight" in checkpoint.tensors:
-        raise ValueError(f"{checkpoint.path} is a reward model; only policies are exported")
 
 
 def _write_weights(

@@ -60,7 +60,7 @@ def test_prompts_are_read_as_transformers_reads_them(nemo, tmp_path, family):
 
     write, rows = CHATS[family]
     walk = Walk(family, tmp_path, tmp_path / "none")
-    folder = write_hf_model(walk.path("hf"), family, vocabulary=rows)
+    folder = write_hf_model(walk.path("hf"), family, changes={"vocab_size": rows})
     (folder / "tokenizer.json").unlink()
     write(folder, rows if family == "gemma_7b" else rows - 4)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, use_fast=family != "gemma_7b")
