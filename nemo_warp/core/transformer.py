@@ -28,6 +28,7 @@ class Sizes:
         gated: whether the feed-forward layers have a second up-projection.
         tied: whether output layer and embedding are one.
         bias: whether linear layers have biases.
+        qkv_bias: whether queries, keys and values have (Qwen 2).
         norm_weights: vectors per norm: 1 (RMSNorm), 2 (LayerNorm).
         learned_positions: rows of the position embedding, 0 with rotary ones.
         divisible_by: the vocabulary is padded to a multiple of it times TP.
@@ -45,6 +46,7 @@ class Sizes:
     gated: bool = True
     tied: bool = False
     bias: bool = False
+    qkv_bias: bool = False
     norm_weights: int = 1
     learned_positions: int = 0
     divisible_by: int = 128
@@ -79,6 +81,7 @@ class Sizes:
             gated=str(activation).removeprefix("fast-") in _GATED,
             tied=config.get("share_embeddings_and_output_weights", True),
             bias=config.get("bias", True),
+            qkv_bias=config.get("qkv_bias", False),
             norm_weights=1 if config.get("normalization") == "rmsnorm" else 2,
             learned_positions=config["max_position_embeddings"] if learned else 0,
             divisible_by=config.get("make_vocab_size_divisible_by", 128),
@@ -117,6 +120,8 @@ class Sizes:
             # sum.
             split += qkv + self.up
             whole += 2 * self.hidden
+        elif self.qkv_bias:
+            split += qkv
         return split // tensor + whole
 
     def stage_parameters(self, tensor: int = 1, pipeline: int = 1, stage: int = 0) -> int:
@@ -160,6 +165,9 @@ KNOWN = {
     "llama2-70b": Sizes(80, 8192, 28672, 64, 8, 128, 32000, 4096),
     "llama3-8b": Sizes(32, 4096, 14336, 32, 8, 128, 128256, 8192),
     "llama3-70b": Sizes(80, 8192, 28672, 64, 8, 128, 128256, 8192),
+    "llama3.2-1b": Sizes(16, 2048, 8192, 32, 8, 64, 128256, 131072, tied=True),
     "mistral-7b": Sizes(32, 4096, 14336, 32, 8, 128, 32000, 32768),
+    "qwen2.5-0.5b": Sizes(24, 896, 4864, 14, 2, 64, 151936, 32768, tied=True, qkv_bias=True),
+    "qwen2.5-7b": Sizes(28, 3584, 18944, 28, 4, 128, 152064, 32768, qkv_bias=True),
 }
 """Published models, for a plan that is made where no checkpoint is (``estimate.model``)."""

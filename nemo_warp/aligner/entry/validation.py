@@ -176,7 +176,7 @@ def _model_config_text(path: Path) -> bytes:
     if path.is_dir():
         file = path / _MODEL_CONFIG
         if not file.is_file():
-            raise ValueError(f"{path} has no {_MODEL_CONFIG}; is it a NeMo checkpoint?")
+            raise ValueError(f"{path} has no {_MODEL_CONFIG}; {_guess(path)}")
         return file.read_bytes()
     if not path.is_file():
         raise ValueError(f"no checkpoint {path}")
@@ -192,6 +192,18 @@ def _model_config_text(path: Path) -> bytes:
         raise ValueError(f"{path} has no {_MODEL_CONFIG}; is it a NeMo checkpoint?") from None
     except (tarfile.TarError, EOFError, OSError) as error:
         raise ValueError(f"{path} is truncated or no .nemo file: {error}; copy it again") from error
+
+
+def _guess(folder: Path) -> str:
+    """What a folder without NeMo 1's configuration is, and how it gets one."""
+    through_hf = "export it to Hugging Face and import that with tools/import_hf.py"
+    if (folder / "config.json").is_file():
+        return "it is a Hugging Face folder: import it with tools/import_hf.py"
+    if (folder / "context").is_dir():
+        return f"it is a NeMo 2 checkpoint: {through_hf}"
+    if folder.name.startswith("iter_") or (folder / "latest_checkpointed_iteration.txt").is_file():
+        return f"it is a checkpoint of Megatron-LM or Megatron-Bridge: {through_hf}"
+    return "is it a NeMo checkpoint?"
 
 
 def check_layout(model: dict[str, Any], config: Any, path: Path) -> None:

@@ -105,6 +105,23 @@ def test_layout_that_does_not_divide_the_model(files, tmp_path, layout, changes,
         check_member(member_config(files, tmp_path, layout))
 
 
+@pytest.mark.parametrize(
+    ("inside", "message"),
+    [
+        ("config.json", "it is a Hugging Face folder: import it with tools/import_hf.py"),
+        ("context/io.json", "it is a NeMo 2 checkpoint: export it to Hugging Face"),
+        ("latest_checkpointed_iteration.txt", "it is a checkpoint of Megatron-LM"),
+        ("else.txt", "is it a NeMo checkpoint"),
+    ],
+)
+def test_folder_of_another_format(files, tmp_path, inside, message):
+    path = tmp_path / "folder" / inside
+    path.parent.mkdir(parents=True)
+    path.write_text("1")
+    with pytest.raises(ValueError, match=message):
+        check_member(member_config(files, tmp_path, also=[f"init={tmp_path / 'folder'}"]))
+
+
 def test_truncated_checkpoint(files, tmp_path):
     with tarfile.open(files.sft, "a") as archive:
         archive.add(files.train, "./model_weights/__0_0.distcp")
