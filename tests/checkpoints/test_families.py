@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_models import FAMILIES, VOCABULARY, hf_logits, write_hf_model
+from chat_tokenizers import write_gemma_tokenizer, write_llama3_tokenizer
+from hf_models import FAMILIES, VOCABULARY, hf_logits, load_hf_model, write_hf_model
 from safetensors.torch import load_file
 
 from nemo_warp.checkpoints.checkpoint import open_checkpoint
@@ -39,6 +40,11 @@ def test_in_and_out_again_is_the_same_model(tmp_path, family):
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         assert json.loads((source / name).read_text()) == json.loads((back / name).read_text())
     assert (source / "tokenizer.json").read_bytes() == (back / "tokenizer.json").read_bytes()
+    prompt = _tokens()[:, :4]
+    found = load_hf_model(back).generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=3, do_sample=False
+    )
+    assert found.shape[1] > 4
 
 
 def test_a_merge_of_nemo_twins_is_the_merge_of_hugging_face_twins(tmp_path):
@@ -103,6 +109,31 @@ def _missing_weights(folder: Path) -> str:
     return "no weights"
 
 
+def _missing_shard(folder: Path) -> str:
+    (folder / "model.safetensors").unlink()
+    write_hf_model(folder, "llama2", max_shard_size="60kB")
+    first = sorted(folder.glob("model-*.safetensors"))[0]
+    first.unlink()
+    return first.name
+
+
+def _other_vocabulary(folder: Path) -> str:
+    _edit(folder / "config.json", vocab_size=128)
+    return "has shape [96, 64], its configuration says [128, 64]"
+
+
+def _tokenizer_of_another_family(folder: Path) -> str:
+    write_llama3_tokenizer(folder, 300)
+    return "another model's tokenizer"
+
+
+def _tokens_that_no_piece_is(folder: Path) -> str:
+    (folder / "tokenizer.json").unlink()
+    write_gemma_tokenizer(folder, VOCABULARY)
+    (folder / "added_tokens.json").write_text('{"<image>": 96}')
+    return "<image> (of added_tokens.json) are not among the 96 pieces"
+
+
 def _other_tokenizer(folder: Path) -> str:
     table = json.loads((folder / "tokenizer.json").read_text())
     table["added_tokens"].append({**table["added_tokens"][0], "id": 5000, "content": "<new>"})
@@ -121,7 +152,8 @@ def _edit(path: Path, **keys) -> None:
 
 HARMS = (
     *(_unknown_key, _unknown_family, _qwen3, _yarn, _other_sizes, _more_layers, _fewer_layers),
-    *(_missing_weights, _other_tokenizer, _no_tokenizer),
+    *(_missing_weights, _missing_shard, _other_vocabulary, _tokenizer_of_another_family),
+    *(_tokens_that_no_piece_is, _other_tokenizer, _no_tokenizer),
 )
 
 
@@ -137,6 +169,38 @@ def test_what_cannot_be_imported_is_one_sentence_and_nothing_is_written(tmp_path
         printed = capsys.readouterr().err.strip().splitlines()[-1]
         assert printed.startswith("error: ") and message in printed, printed
         assert not output.parent.exists()
+
+
+def test_sentencepiece_goes_along_as_nemo_loads_it(tmp_path):
+    """As an artifact; but by tokenizer.json, where a model has tokens that are no pieces."""
+    source = write_hf_model(tmp_path / "hf", "gemma_7b")
+    own = (source / "tokenizer.json").read_bytes()
+    (source / "tokenizer.json").unlink()
+    write_gemma_tokenizer(source, VOCABULARY)
+    section = import_hf(source, tmp_path / "model.nemo")["tokenizer"]
+    assert section["library"] == "sentencepiece" and section["model"].endswith("_tokenizer.model")
+    export_hf(tmp_path / "model.nemo", tmp_path / "back")
+    pieces = (tmp_path / "back" / "tokenizer.model").read_bytes()
+    assert pieces == (source / "tokenizer.model").read_bytes()
+    write_gemma_tokenizer(source, 90)
+    (source / "tokenizer.json").write_bytes(own)
+    (source / "tokenizer_config.json").unlink()  # which knows another BOS
+    section = import_hf(source, tmp_path / "more.nemo")["tokenizer"]
+    assert section["library"] == "huggingface" and section["model"].endswith("_tokenizer.json")
+
+
+def test_a_wrong_original_is_exit_2_and_nothing_is_written(tmp_path, capsys):
+    sys.path.insert(0, str(TOOLS))
+    import export_hf as tool
+
+    import_hf(write_hf_model(tmp_path / "hf", "qwen2"), tmp_path / "model.nemo")
+    words = [str(tmp_path / "model.nemo"), str(tmp_path / "out")]
+    other = write_hf_model(tmp_path / "other", "llama3")
+    for like in (other, tmp_path / "nowhere"):
+        assert tool.main([*words, "--like", str(like)]) == 2
+        printed = capsys.readouterr().err.strip().splitlines()[-1]
+        assert printed.startswith("error: "), printed
+        assert not (tmp_path / "out").exists()
 
 
 def test_a_checkpoint_of_another_origin_is_exported_like_its_original(tmp_path):

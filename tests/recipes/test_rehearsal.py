@@ -51,8 +51,11 @@ TURNS = [" ".join(WORDS[first : first + 4]) for first in range(16)]
 FAMILIES = {
     "gemma_7b": ("gemma_7b", write_gemma_tokenizer, 96),
     "llama3_8b": ("llama3", write_llama3_tokenizer, 304),
+    "one_gpu": ("qwen2", write_llama3_tokenizer, 304),
 }
 """Recipe -> family of `hf_models`, its tokenizer, and rows of the embedding."""
+ENDS = {"gemma_7b": ["<end_of_turn>"], "llama3_8b": ["<|eot_id|>"], "one_gpu": []}
+"""Recipe -> its end strings; an import's own end tokens need none."""
 
 
 def _sft(directory: Path, recipe: str) -> Path:
@@ -80,12 +83,15 @@ def _train_reward_model(directory: Path) -> None:
 
 def _prepare(directory: Path, recipe: str) -> None:
     folder = _sft(directory, recipe)
-    pairs = [{"text": text} for turn in TURNS for text in (turn, turn[::-1])]
-    _write_lines(directory / "pairs.jsonl", pairs)
-    run_ranks(_train_reward_model, 1, directory)
-    _write_lines(directory / "turns.jsonl", [{"question": turn, "level": 1} for turn in TURNS])
+    if recipe != "one_gpu":
+        pairs = [{"text": text} for turn in TURNS for text in (turn, turn[::-1])]
+        _write_lines(directory / "pairs.jsonl", pairs)
+        run_ranks(_train_reward_model, 1, directory)
+    lines = [{"question": turn, "answer": f"so #### {n}"} for n, turn in enumerate(TURNS)]
+    _write_lines(directory / "turns.jsonl", lines)
     words = [directory / "turns.jsonl", "--model", folder, "--output", directory / "prompts"]
-    assert make_prompts([*map(str, words), "--heldout", "4"]) == exit_codes.DONE
+    words = [*map(str, words), "--heldout", "4", "--answer-after", "####"]
+    assert make_prompts(words) == exit_codes.DONE
 
 
 def _scores(directory: Path, texts: list[str]) -> tuple[list[list[int]], list[float]]:
@@ -118,6 +124,11 @@ def _write_lines(path: Path, lines: list[dict]) -> None:
 
 def _changes(directory: Path, recipe: str, devices: int) -> dict:
     rollout = {"prompts_per_step": 4, "max_response_tokens": 6, "micro_batch_size": 2}
+    reward = {
+        "model": str(directory / "reward_model.nemo"),
+        "processes_per_node": 1,
+        "arguments": ["--tensor", 1, "--micro-batch-size", 4],
+    }
     return {
         "base": str(RECIPES / recipe / "recipe.yaml"),
         "name": f"rehearsal-{recipe.replace('_', '-')}",
@@ -127,13 +138,7 @@ def _changes(directory: Path, recipe: str, devices: int) -> dict:
             "train": str(directory / "prompts_train.jsonl"),
             "heldout": str(directory / "prompts_heldout.jsonl"),
         },
-        "rewards": {
-            "helpful": {
-                "model": str(directory / "reward_model.nemo"),
-                "processes_per_node": 1,
-                "arguments": ["--tensor", 1, "--micro-batch-size", 4],
-            }
-        },
+        **({"rewards": {"helpful": reward}} if recipe != "one_gpu" else {}),
         "iterations": 1,
         "per_iteration": [],
         "member": {
@@ -147,7 +152,7 @@ def _changes(directory: Path, recipe: str, devices: int) -> dict:
         "benchmarks": {"tasks": []},
         "evaluation": {"etas": [0.0, 1.0]},
         "front": {"kappas": [1.0]},
-        "launcher": {"kind": "local", "side_by_side": 1},
+        "launcher": {"kind": "local", "side_by_side": 1, "gpus": []},
         "cluster": None,
         "estimate": {"parameters": 100000, "model": None},
     }
@@ -168,10 +173,8 @@ def _command(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize(("recipe", "devices"), [("gemma_7b", 2), ("llama3_8b", 1)])
-def test_the_recipe_runs_to_its_end_with_nothing_changed_but_sizes(
-    nemo, tmp_path, recipe, devices
-):
+@pytest.mark.parametrize(("recipe", "devices"), [("gemma_7b", 2), ("llama3_8b", 1), ("one_gpu", 1)])
+def test_the_recipe_runs_to_its_end_with_nothing_changed_but_sizes(nemo, tmp_path, recipe, devices):
     _prepare(tmp_path, recipe)
     changes = _changes(tmp_path, recipe, devices)
     assert _keys(changes) <= CHANGED
@@ -185,10 +188,9 @@ def test_the_recipe_runs_to_its_end_with_nothing_changed_but_sizes(
     points = [json.loads(line) for line in (run / "front/points.jsonl").read_text().splitlines()]
     assert [point["eta"] for point in points] == [1.0] and points[0]["kl_to_sft"] != 0.0
     member = OmegaConf.load(next(run.glob("iteration_01/member_01/config.yaml")))
-    assert member.rollout.end_strings == {"gemma_7b": ["<end_of_turn>"]}.get(
-        recipe, ["<|eot_id|>"]
-    )
-    _check_reward_model_export(tmp_path)
+    assert member.rollout.end_strings == ENDS[recipe]
+    if recipe == "gemma_7b":
+        _check_reward_model_export(tmp_path)
     export_hf(run / "final/policy.nemo", tmp_path / "final")
     with torch.no_grad():
         assert load_hf_model(tmp_path / "final")(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
