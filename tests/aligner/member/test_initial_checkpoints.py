@@ -29,9 +29,10 @@ WORKS = {
     "flash attention": {"use_flash_attention": True},
     "Transformer Engine": {"transformer_engine": True, "name": "te_gpt", "fp8": False},
     "checkpointing": {
-        **{"activations_checkpoint_granularity": "selective", "fsdp": False},
+        **{"activations_checkpoint_granularity": "full", "fsdp": False},
         **{"activations_checkpoint_method": "uniform", "activations_checkpoint_num_layers": 1},
     },
+    "selective checkpointing": {"activations_checkpoint_granularity": "selective"},
     "keys that are not there": {"activations_checkpoint_granularity": ...},
     "data": {"data": {"data_prefix": [1.0, "/lustre/corpus"], "reset_attention_mask": True}},
     "peft": {"peft": {"peft_scheme": "none", "restore_from_path": None}},
