@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from ranks import run_ranks
 
 from nemo_warp import exit_codes
+from nemo_warp.checkpoints.checkpoint import open_checkpoint
 from nemo_warp.checkpoints.families.exporting import export_hf
 from nemo_warp.checkpoints.families.importing import import_hf
 from nemo_warp.prompt_sets.command import main as make_prompts
@@ -87,6 +88,9 @@ def _prepare(directory: Path, recipe: str) -> None:
         pairs = [{"text": text} for turn in TURNS for text in (turn, turn[::-1])]
         _write_lines(directory / "pairs.jsonl", pairs)
         run_ranks(_train_reward_model, 1, directory)
+        sections = [open_checkpoint(directory / n).config["tokenizer"] for n in
+                    ("sft.nemo", "reward_model.nemo")]  # fmt: skip
+        assert sections[0]["type"] == sections[1]["type"]
     lines = [{"question": turn, "answer": f"so #### {n}"} for n, turn in enumerate(TURNS)]
     _write_lines(directory / "turns.jsonl", lines)
     words = [directory / "turns.jsonl", "--model", folder, "--output", directory / "prompts"]

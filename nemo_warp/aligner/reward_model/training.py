@@ -23,6 +23,7 @@ from nemo_aligner.utils.train_script_utils import (
 from nemo_aligner.utils.utils import load_from_nemo
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from nemo_warp.aligner.entry.validation import read_model_config
 from nemo_warp.aligner.policy.stored_config import stored_config
 from nemo_warp.config import overlaid, to_plain
 from nemo_warp.records import code_version, config_hash, hash_file, write_json_atomically
@@ -80,6 +81,8 @@ def train_reward_model(config: RewardModel) -> dict[str, Any]:
     loop = _supervised_trainer(config, tree, trainer, model, log)
     loop.fit()
     Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+    with open_dict(model.cfg):  # not the folder that its tokenizer was unpacked to
+        model.cfg.tokenizer.type = read_model_config(Path(config.init))["tokenizer"].get("type")
     model.save_to(str(config.output))
     metrics = _metrics(config, log)
     if torch.distributed.get_rank() == 0:
