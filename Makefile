@@ -12,10 +12,10 @@ PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_
 READY := $(VENV)/.ready-$(PYTHON_VERSION)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor demo test lint clean
+.PHONY: help setup doctor demo test lint gpu-check clean
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
 	@echo
 	@echo '  PYTHON=python3.12 make test      another Python (3.10 to 3.12)'
 	@echo '  PYTEST_ARGS="-k anchor" make test'
@@ -41,6 +41,10 @@ test: setup ## every test, with linters as tests
 
 lint: setup ## ruff, mypy, import-linter, shellcheck only
 	$(VENV)/bin/python -m pytest tests/test_style.py
+
+# Not after `setup`: in the container everything is there, and must not be stood in for.
+gpu-check: ## check the GPUs of this machine, ten minutes (GPU_CHECK_ARGS=--help)
+	$(or $(wildcard $(VENV)/bin/python),python3) tools/gpu_check.py $(GPU_CHECK_ARGS)
 
 clean: ## remove the virtual environment and caches (not build/ or runs/)
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

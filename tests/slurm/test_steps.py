@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sys
@@ -198,3 +199,40 @@ def test_a_task_per_rank_and_mpi_knows_them(cluster, tmp_path: Path) -> None:
         assert entry["LOCAL_RANK"] == entry["SLURM_LOCALID"], "a task each"
         assert entry["GROUP_RANK"] == str(rank // 2)
         assert entry["mpi"] == (rank if mpi else None)
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.skipif(not Path("/usr/lib/x86_64-linux-gnu/pmix2/lib/libpmix.so").exists(),
+                    reason="apt-get install libpmix-dev (Slurm's plugin loads it)")  # fmt: skip
+def test_a_requeued_job_has_its_tasks_again(cluster, tmp_path: Path) -> None:
+    """Several tasks per node: the first attempt's are gone, the second's have the same ranks."""
+    steps = (
+        "import subprocess\n"
+        "attempt = int(os.environ.get('SLURM_RESTART_COUNT', 0))\n"
+        "words = [] if attempt else ['signal']\n"
+        "step = start(f'attempt{attempt}', hosts, 2, *words, mpi=True)\n"
+        "if not attempt:\n"
+        "    for rank in range(4): await_file(f'attempt0.{rank}.json')\n"
+        "    subprocess.run(['scontrol', 'requeue', os.environ['SLURM_JOB_ID']], check=True)\n"
+        "    time.sleep(300)\n"
+        "found = codes(step=step)"
+    )
+    submit(cluster, tmp_path, steps, "--nodes=2", "--requeue")
+    codes, seen = ended(tmp_path)
+    assert codes == {"step": 0}, _texts(tmp_path)
+    for rank in range(4):
+        first, second = seen[f"attempt0.{rank}"], seen[f"attempt1.{rank}"]
+        for key in ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "SLURM_JOB_ID"):
+            assert first[key] == second[key], key
+    assert not _running(f"{tmp_path} attempt0"), "nothing of the first attempt is left"
+
+
+def _running(words: str) -> list[str]:
+    """Command lines that hold ``words``."""
+    found = []
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit():
+            with contextlib.suppress(OSError):
+                command = (process / "cmdline").read_text().replace("\0", " ")
+                found += [command] if words in command else []
+    return found
