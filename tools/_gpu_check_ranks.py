@@ -68,16 +68,20 @@ def _save_model(spec: dict[str, Any]) -> None:
 def member_config(spec: dict[str, Any], optimizer: str, directory: Path) -> Any:
     """A member at this layout, in bf16 with O2."""
     tensor, pipeline = spec["tensor"], spec["pipeline"]
+    # Members of equal seeds are nearly one policy, whatever the optimizer: no merge takes them.
+    seed = 1 + sorted([*spec["optimizers"], optimizer]).index(optimizer)
+    together = BATCH // (spec["ranks"] // (tensor * pipeline))  # each rank's share, at once
     given = {
         "run": {
-            "name": "gpu-check", "directory": str(directory), "total_steps": MEMBER_STEPS,
+            "name": "gpu-check", "seed": seed, "directory": str(directory),
+            "total_steps": MEMBER_STEPS,
             "eval_interval": MEMBER_STEPS, "save_interval": SAVE_AFTER, "save_margin": 0,
         },
         "init": spec["init"],
         "prompts": {"train": spec["prompts"], "heldout": spec["prompts"], "max_tokens": PROMPT},
         "rollout": {
             "prompts_per_step": BATCH, "max_response_tokens": spec["response"],
-            "micro_batch_size": 1, "trt_llm": {"enable": spec["engine"]},
+            "micro_batch_size": together, "trt_llm": {"enable": spec["engine"]},
         },
         "rewards": [{"name": "vowels", "weight": 1.0, "endpoint": spec["endpoint"]}],
         "evaluation": {"num_prompts": BATCH},

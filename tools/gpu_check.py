@@ -70,7 +70,7 @@ class Size:
         }  # fmt: skip
 
 
-SIZES = {"cpu": Size(2, 64, 8, 16), "gpu": Size(16, 2048, 16, 256)}
+SIZES = {"cpu": Size(2, 64, 8, 16), "gpu": Size(16, 2048, 16, 128)}
 
 
 @dataclass(frozen=True)
@@ -189,8 +189,8 @@ class Check:
         for number, layout in enumerate(chosen):
             last = number == len(chosen) - 1
             rows += self._layout(layout, self._merge(rows) if last and number else None)
-        if len(chosen) == 1:  # a merge needs members first
-            rows += self._layout(chosen[0], self._merge(rows), optimizers=[])
+        if len(chosen) == 1 and (merged := self._merge(rows)):  # members come before a merge
+            rows += self._layout(chosen[0], merged, optimizers=[])
         if self._engine:
             rows += self._layout(chosen[-1], None, ["mcore_distributed_optim"], engine=True)
         return rows
@@ -319,7 +319,7 @@ def _memory(where: str, member: dict[str, Any]) -> Row:
     """Of a GPU; a process's memory on a CPU holds Python and NeMo, too, and says nothing."""
     peak, estimate = member["peak_memory_bytes"] / 1e9, member["estimated_bytes"] / 1e9
     on_gpu = member["flops_utilisation"] is not None
-    shown = f"{peak:.2f} GB, estimate {estimate:.2f} GB"
+    shown = f"{peak:.3g} GB, estimate {estimate:.3g} GB"
     return Row(where, "memory, and its estimate", shown, not on_gpu or peak <= 1.1 * estimate + 1)
 
 

@@ -40,7 +40,7 @@ class ProfileWindow:
             if self._profiler is not None:
                 self._profiler.step()
                 if not self._is_inside(step + 1):
-                    self._finish()
+                    self.finish()
 
     def _is_inside(self, step: int) -> bool:
         return self._first is not None and self._first <= step < self._first + self._number
@@ -53,7 +53,10 @@ class ProfileWindow:
         self._profiler = torch.profiler.profile(activities=activities)
         self._profiler.start()
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
+        """Write the trace of a window that is open; also of one that the run's end cuts short."""
+        if self._profiler is None:
+            return
         profiler, self._profiler = self._profiler, None
         profiler.stop()
         if torch.cuda.is_available():

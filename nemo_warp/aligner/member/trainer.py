@@ -122,6 +122,7 @@ class WarpReinforceTrainer:
         except RewardFailureRateError as error:
             logging.error(f"step {self.step}: {error}")
             outcome = Outcome.REWARDS_FAILED
+        self.profile.finish()
         if outcome is not Outcome.DONE:
             self.save()
             logging.warning(f"{outcome.value} at step {self.step}")

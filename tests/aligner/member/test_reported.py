@@ -31,13 +31,13 @@ def run_main(config_path, log):
 
 @pytest.fixture(scope="module")
 def told(materials, member_vader, tmp_path_factory):
-    """A member of two rewards, one of them of weight 0, with two profiled steps."""
+    """A member of two rewards, one of them of weight 0; its last two steps are profiled."""
     from omegaconf import OmegaConf
 
     directory = tmp_path_factory.mktemp("told")
     with running(directory, STRANGE, run_id="test") as other:
         config = lab.member_config(
-            materials, directory / "member", profile={"first_step": 1, "num_steps": 2},
+            materials, directory / "member", profile={"first_step": 2, "num_steps": 9},
             prompts={"too_long": "drop", "max_tokens": 7, "add_bos": True},
             also=["trainer.gradient_clip_val=1e-4"],
         )  # fmt: skip
@@ -84,9 +84,9 @@ def test_metrics_hold_each_reward_the_clipping_and_samples(told):
 
 def test_a_window_of_steps_is_profiled(told):
     (file,) = (told[0] / "profile").iterdir()
-    assert file.name == "step_00000001-rank0.json"
+    assert file.name == "step_00000002-rank0.json"
     names = [event.get("name") for event in json.loads(file.read_text())["traceEvents"]]
-    assert names.count("rollout") == 2, "two steps"
+    assert names.count("rollout") == 2, "the run ends before the window"
     assert {"train", "log_prob", "anchor_log_prob"} <= set(names)
 
 
