@@ -232,7 +232,8 @@ class _Rank:
         return rows * length * width * self.dtype * self.layers * stages
 
     def scoring(self) -> dict[str, int]:
-        rows = self.member["rollout"]["forward_micro_batch_size"]
+        rollout = self.member["rollout"]
+        rows = self._rows(rollout["forward_micro_batch_size"], rollout["forward_tokens"])
         parts = {
             # While the reference is in place both it and the policy exist: a full gathered set, and
             # this rank's slice cast to bf16 as the input of the all-gather
@@ -246,7 +247,8 @@ class _Rank:
         return parts | self._logits(rows, sides=2 if self.member["evaluation"]["exact_kl"] else 1)
 
     def training(self) -> dict[str, int]:
-        rows = self.member["model"]["micro_batch_size"]
+        budget = self.member["rollout"]["train_tokens"]
+        rows = self._rows(self.member["model"]["micro_batch_size"], budget)
         tokens = rows * (self.prompt + self.response)
         # The first stage has a micro batch under way for each stage behind it (1F1B).
         under_way = self.pipeline - self.stage
@@ -261,6 +263,10 @@ class _Rank:
                 self.columns * self.sizes.hidden * (_FLOAT + self.dtype)
             )
         return parts
+
+    def _rows(self, rows: int, tokens: int | None) -> int:
+        """Of the longest sequences in a micro batch, with a budget of tokens for it or without."""
+        return rows if tokens is None else max(1, tokens // (self.prompt + self.response))
 
     def _logits(self, rows: int, sides: int = 1) -> dict[str, int]:
         if not self._is_last:

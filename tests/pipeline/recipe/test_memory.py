@@ -119,6 +119,18 @@ def test_a_chunk_bounds_the_logits() -> None:
     assert found.phases["scoring"]["logits"] == 2**27 * 6
 
 
+def test_a_budget_of_tokens_takes_the_place_of_rows() -> None:
+    """Sequences are of 128 tokens at most: 300 hold two of them, 100 one."""
+    changes = {"rollout__max_response_tokens": 28}
+    for budget, rows in ((300, 2), (100, 1)):
+        both = {"rollout__forward_tokens": budget, "rollout__train_tokens": budget}
+        given = footprint(SMALL, **changes, **both).phases
+        plain = footprint(
+            SMALL, **changes, rollout__forward_micro_batch_size=rows, model__micro_batch_size=rows
+        ).phases
+        assert (given["scoring"], given["training"]) == (plain["scoring"], plain["training"])
+
+
 def test_the_defaults_fit_an_8b_model_on_one_node() -> None:
     for model in ("llama3-8b", "gemma-7b", "mistral-7b"):
         sizes = KNOWN[model]
