@@ -94,6 +94,7 @@ class Checkpoint:
         """Layout of an output like this checkpoint: weights, configuration and artifacts."""
         stored = self.store.image(rule, f"{self.weights}/" if self.weights else "")
         covered = self.archive.under(self.weights) if self.weights else {}
+        # What the store lays out anew must not be copied as well.
         weights = {f"{self.weights}/{name}" for name in covered} | {f.name for f in stored.files}
         others = []
         for name, record in self.archive.members.items():
@@ -124,6 +125,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     path = tracked_iteration(path)
     _refuse_unfinished(path)
     archive = open_archive(path)
+    # Adapters and modelopt are told by their files, before the weights are looked at: their tensors
+    # would pass for a small model, and for one of other numbers.
     names = {PurePosixPath(name).name for name in archive.members}
     if names & {"adapter_metadata.json", "adapter_config.json"}:
         raise CheckpointError(f"{path} holds an adapter, not a model; merge it into its base first")
@@ -150,6 +153,8 @@ def tracked_iteration(path: Path) -> Path:
     if not tracker.is_file():
         return path
     found = tracker.read_bytes()[:_MAX_TRACKER_BYTES].decode(errors="replace").strip()
+    # Megatron-LM writes a number, or "release" for a converted model (training/checkpointing.py);
+    # Megatron-Bridge the folder's name.
     number = f"iter_{int(found):07d}" if found.isascii() and found.isdigit() else found
     if number != "release" and not number.startswith("iter_"):
         raise CheckpointError(f"{tracker} names {found!r}, which is neither a number nor 'release'")
@@ -165,6 +170,8 @@ def _open_store(archive: Archive, config: dict[str, Any]) -> tuple[str, str, Sto
         described = any(name.endswith(f"/{DESCRIPTION}") for name in members)
         if not described and ".metadata" not in members and "metadata.json" not in members:
             continue
+        # Megatron-core writes it last (dist_checkpointing/serialization.py l.386-392): without it
+        # the save was cut off.
         if "metadata.json" not in members:
             raise CheckpointError(_without_marker(where, members))
         if described:
@@ -205,6 +212,8 @@ def _checkpoint_below(archive: Archive) -> str:
 def _refuse_unfinished(path: Path) -> None:
     """Raise if a save's marker is there still, whatever name or part of it was given."""
     whole = path.resolve()
+    # NeMo puts "<name>-unfinished" beside "<name>.ckpt" or "<name>/" (nemo_model_checkpoint.py l.44
+    # and l.438); the path given may be a folder inside, or a link.
     for place in dict.fromkeys([path.absolute(), whole, *list(whole.parents)[:_LEVELS]]):
         for name in {place.name, place.stem} - {""}:
             marker = place.with_name(f"{name}{_UNFINISHED}")
@@ -222,6 +231,7 @@ def _refuse_unmergeable(path: Path, store: Store) -> None:
             )
     dtypes = {name: tensor.dtype for name, tensor in store.tensors.items()}
     for name, dtype in {**dtypes, **store.others}.items():
+        # int64 buffers (positions) are no weights and are copied; bytes may be quantised weights.
         bad = dtype in _QUANTISED if name in store.others else dtype not in MERGEABLE
         if bad and "_extra_state" not in name:  # Transformer Engine's is bytes
             raise CheckpointError(

@@ -43,6 +43,7 @@ def weights_digest(tensors: Iterable[dict[str, int]]) -> str:
     Args:
         tensors: dictionaries of canonical name -> CRC-32 of the tensor's true rows.
     """
+    # Sorted by name: files and layouts give tensors in any order.
     lines = sorted(f"{name} {crc:08x}\n" for found in tensors for name, crc in found.items())
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -56,6 +57,7 @@ def read_tensor(files: FileCache, tensor: LogicalTensor) -> torch.Tensor:
     data = np.empty((tensor.rows, tensor.row_bytes), dtype=np.uint8)
     parts: list[Part] = []
     slabs = list(slabs_of(0, tensor.rows, tensor.cols))
+    # One piece of memory for all slabs of the tensor.
     room = pages(max(slab_room(tensor, slab) for slab in slabs))
     for slab in slabs:
         rows, read = read_slab(files, tensor, slab, room)
@@ -119,6 +121,8 @@ def diff(first: Checkpoint, second: Checkpoint) -> dict[str, dict[str, float]]:
         for name in sorted(first.tensors, key=lambda n: (group_order(group_of(n)), n)):
             pair = (first.tensors[name], second.tensors[name])
             rows = min(true_rows(t, size) for t, size in zip(pair, sizes, strict=True))
+            # float64: relative changes of 1e-3 are differences of numbers that agree in three
+            # digits.
             a, b = (read_tensor(files, t)[:rows].to(torch.float64).flatten() for t in pair)
             if a.numel() != b.numel():
                 raise CheckpointError(f"{name} has different shapes in the two checkpoints")

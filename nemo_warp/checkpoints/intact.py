@@ -16,6 +16,7 @@ from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.formats.torch_dist_index import TorchDistIndex
 from nemo_warp.checkpoints.record import Record
 
+# zipfile reads in pieces of its own; a forged length is refused above this.
 _MAX_READ = 1 << 26
 
 
@@ -33,6 +34,7 @@ def check_intact(path: Path, rank: int = 0, world_size: int = 1) -> None:
         CheckpointError: names the file, and the tensor where it belongs to one.
     """
     for number, (name, record) in enumerate(_zips(path)):
+        # By file and not by byte range: a CRC-32 is over a whole entry.
         if number % world_size == rank:
             _check(name, record, path)
 
@@ -59,6 +61,8 @@ def _check(name: str, record: Record, path: Path) -> None:
     reader = RangeReader(record, _MAX_READ)
     try:
         with zipfile.ZipFile(reader) as archive:
+            # In memory of one piece: testzip reads every entry through and compares, extracting
+            # nothing.
             broken = archive.testzip()
     except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError) as error:
         raise CheckpointError(f"{damaged}cannot be read ({error})") from error

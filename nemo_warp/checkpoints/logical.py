@@ -95,6 +95,8 @@ def patches_of_block(
         yield Patch(offsets[0] if shape else 0, 0, math.prod(sizes), 1, record, start)
         return
     inner = len(shape) - 2  # the leftmost axis that still varies within one rectangle
+    # Megatron's usual shards, cut on one axis, become one rectangle, or as many as there are rows
+    # in front of that axis.
     while inner > 0 and sizes[inner] == shape[inner]:
         inner -= 1
     row_strides = [math.prod(shape[axis + 1 : -1]) for axis in range(len(shape) - 1)]
@@ -123,6 +125,8 @@ def check_tiling(tensor: LogicalTensor, patches: tuple[Patch, ...], where: str) 
                 f"or its file {patch.record.path.name}; the checkpoint is damaged"
             )
         covered += patch.rows * patch.cols
+    # Equal areas and no overlap: together they mean that every element is there once. In the Gram
+    # matrix an element counted twice would change the angle without any error.
     if covered != tensor.numel or _overlap(patches):
         raise CheckpointError(
             f"{where}: the shards of {tensor.name} cover {covered} of {tensor.numel} elements "
@@ -132,6 +136,7 @@ def check_tiling(tensor: LogicalTensor, patches: tuple[Patch, ...], where: str) 
 
 def _overlap(patches: tuple[Patch, ...]) -> bool:
     """Whether two patches share an element: a sweep over rows with the column spans in force."""
+    # Ends (0) sort before beginnings (1) of the same row, so neighbours do not overlap.
     events = sorted(
         [(p.row, 1, p.col, p.col + p.cols) for p in patches]
         + [(p.row + p.rows, 0, p.col, p.col + p.cols) for p in patches]

@@ -89,6 +89,7 @@ def meaning_of(archive: Archive) -> Meaning:
 
 def differences(first: Meaning, second: Meaning) -> dict[str, tuple[Any, Any]]:
     """Property -> its two values, for those that both know and that differ."""
+    # Only what both say: checkpoints of several origins record more or less of it.
     common = [name for name in first if name in second]
     return {n: (first[n], second[n]) for n in common if first[n] != second[n]}
 
@@ -121,6 +122,7 @@ def _of_nemo(archive: Archive, config: dict[str, Any]) -> Meaning:
     activation, heads = found["activation"], found["num_attention_heads"]
     if isinstance(activation, str):  # the fast ones are other kernels for the same
         found["activation"] = activation.removeprefix("fast-")
+    # None means as many groups as heads, for NeMo (megatron_gpt_model.py).
     found["num_query_groups"] = found["num_query_groups"] or heads
     hidden = _plain(config.get("hidden_size"))
     numbers = isinstance(heads, float) and isinstance(hidden, float)
@@ -143,6 +145,7 @@ def _tokenizer(archive: Archive, tokenizer: dict[str, Any]) -> Meaning:
         if isinstance(name, str) and name.startswith(_REFERENCE):
             name = name.removeprefix(_REFERENCE)
             if name in archive.members:
+                # By contents: NeMo gives artifacts a new random name in every save (<uuid>_<name>).
                 content = archive.read(name, _MAX_TOKENIZER_BYTES)
                 found[f"tokenizer.{key}"] = hashlib.sha256(content).hexdigest()
     return found
@@ -183,6 +186,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, bool) or value is None:
         return value
     try:
+        # 1e-5 is a text to YAML 1.1, which wants "1.0e-5"; NeMo's files hold both.
         return float(value)
     except (ValueError, TypeError, OverflowError):
         return str(value).lower()

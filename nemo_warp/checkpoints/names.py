@@ -77,6 +77,7 @@ def model_keys(keys: Iterable[str]) -> dict[str, str]:
     lack the wrapper prefix that the model's own keys carry.
     """
     keys = list(keys)
+    # Megatron-LM writes no prefix: then everything but what is known to be none is the model's.
     wrapped = any(key.startswith(WRAPPERS) for key in keys)
     if not wrapped:
         return {key: canonical_name(key) for key in keys if not _NOT_MODEL.match(key)}
@@ -92,6 +93,9 @@ def strip_wrapper(key: str) -> str:
 def canonical_name(key: str) -> str:
     """The name of a stored key that all formats and layer implementations share."""
     name = strip_wrapper(key).removeprefix(BEFORE_MCORE)
+    # Transformer Engine fuses a norm into the linear layer behind it and names it so;
+    # Megatron-core's local layers map to the same key in sharded checkpoints (gpt_layer_specs.py
+    # l.237-240), legacy files do not.
     for local, fused in _NORMS.items():
         head, found, tail = name.partition(f".{local}")
         if found and ".layers." in f"{head}.":
@@ -155,6 +159,7 @@ def logical_tensors(
 
 def _layers(name: str, entry: StackedTensor, where: str) -> Iterator[LogicalTensor]:
     _check_blocks(entry, where)
+    # The axis over layers is no part of the tensor: each layer has its own angle.
     match = _STACKED.match(name)
     if match is None:
         yield _tensor(name, entry.shape, entry.dtype, entry.blocks, where)

@@ -176,8 +176,8 @@ class _Rank:
             "optimizer": optimizer,
         }
         if not algorithm["offload_anchor"]:
-            # fp32 slices over the data-parallel group, see ShardedWeights: 4/DP bytes per parameter
-            # each.
+            # Slices over the data-parallel group, see ShardedWeights: the anchor in fp32, the SFT
+            # copy, which is never updated, in the parameters' dtype.
             held |= {"anchor": slice_bytes} if algorithm["anchor"] == "ema" else {}
             held |= {"SFT": self._slice(self.dtype)}
         engine = self.member["rollout"]["trt_llm"]

@@ -61,6 +61,7 @@ def merge(
         policies=tuple(Path(policy) for policy in policies),
         outputs=outputs_of(str(output), etas),
         liti_towards=None if anchor is None else Path(anchor),
+        # What this process may use, not what the machine has: Slurm binds a job to its processors.
         workers=workers or len(os.sched_getaffinity(0)),
         report=None if report is None else Path(report),
         **options,

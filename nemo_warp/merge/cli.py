@@ -22,6 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     from nemo_warp.merge import merge
     from nemo_warp.merge.ranks import RankFailure
 
+    # On standard error: standard output stays empty, for scripts.
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
     try:
         merge(**parsed)
@@ -31,6 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (CheckpointError, RankFailure, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return exit_codes.FAILED
+    # The transaction has removed what was written by now.
     except KeyboardInterrupt:
         print("interrupted; nothing was published, run the same command again", file=sys.stderr)
         return exit_codes.FAILED

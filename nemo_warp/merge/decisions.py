@@ -19,9 +19,11 @@ def unit_coefficients(plan: MergePlan, unit: str, gram: np.ndarray) -> np.ndarra
         merged = merge_coefficients(options.method, gram[:size, :size], options.weight)
     except OppositeTaskVectorsError as error:
         raise OppositeTaskVectorsError(f"{unit}: {error}") from None
+    # The LITI anchor is an input of its own, in no angle: its coefficient begins at 0.
     padded = np.concatenate([merged, np.zeros(len(gram) - size)])
     towards = 0 if options.liti_towards is None else size
     rows = [liti_coefficients(padded, eta, towards) for eta in options.etas]
     task_vector = padded.copy()
+    # theta_merged - theta_anchor: what eta scales, and what realised etas are measured along.
     task_vector[towards] -= 1.0
     return np.stack([*rows, task_vector])

@@ -34,6 +34,7 @@ def execute(plan: MergePlan, world: World) -> MergeResult | None:
     """
     finals = _finals(plan)
     notes = hidden_folder(finals[0])
+    # Beside the first output: the one place that all ranks of a merge can see.
     meeting = Meeting(notes.with_name(f"{notes.name}.ranks"), world, plan.identity)
     if world.rank == 0:
         return _lead(plan, meeting)
@@ -59,12 +60,16 @@ def _lead(plan: MergePlan, meeting: Meeting) -> MergeResult:
     known = _file_names(plan)
     transaction = Transaction(finals, plan.identity, options.overwrite, known, options.verify)
     with transaction:
+        # Sealed by a merge that was killed later: only the names are missing, and the other ranks
+        # are not needed.
         if transaction.sealed_measures is None:
             try:
                 transaction.begin()
                 groups = _build(plan, transaction, meeting)
             finally:
                 meeting.close()
+            # The measures go into the seal, so that a merge which only gives names can still write
+            # its report.
             transaction.seal([group.to_json() for group in groups])
         assert transaction.sealed_measures is not None
         sealed = [GroupResult.from_json(raw) for raw in transaction.sealed_measures]
@@ -86,10 +91,14 @@ def _build(plan: MergePlan, transaction: Transaction, meeting: Meeting) -> list[
         for output in outputs:
             output.create()
         meeting.start(transaction.attempt, tokens)
+        # Rank 0 merges its share before it waits for the others': it would have nothing to do
+        # meanwhile.
         known = {group.name: group for group in _merge_share(plan, outputs, meeting.world)}
         for of_rank in meeting.results(tokens):
             known |= {raw["group"]: GroupResult.from_json(raw) for raw in of_rank}
         result = MergeResult(plan, [known[group.name] for group in plan.groups])
+        # Over the whole model, after everything was written and before anything has its name: the
+        # early look sees four layers of this rank only.
         refuse_similar(plan, [unit.gram for unit in result.units.values()])
         for index, output in enumerate(outputs):
             parts = [part for group in result.groups for part in group.parts[index]]
@@ -108,6 +117,7 @@ def _follow(plan: MergePlan, meeting: Meeting) -> None:
         with OpenFiles(os.O_RDWR) as files:
             groups = _merge_share(plan, _outputs(plan, attempt, files), meeting.world)
     except Exception as error:
+        # Told first, since rank 0 would wait half an hour for a rank that ended without a word.
         meeting.finish(error=error)
         raise
     meeting.finish([group.to_json() for group in groups])
@@ -124,6 +134,7 @@ def _merge_share(plan: MergePlan, outputs: list[Output], world: World) -> list[G
         found = merge_groups(plan, groups, outputs, bar.update)
     for output in outputs:
         output.sync()
+    # After reading: an input that was overwritten meanwhile would be half old and half new.
     plan.check_unchanged()
     return found
 
@@ -132,6 +143,7 @@ def share(groups: Iterable[GroupPlan], world: World) -> list[GroupPlan]:
     """This process's groups: the largest first, each to whoever has least so far."""
     groups = list(groups)
     loads, owner = [0] * world.size, {}
+    # Largest first (longest processing time): the slowest rank is at most 4/3 of the best split.
     for group in sorted(groups, key=lambda g: -g.input_bytes):
         rank = loads.index(min(loads))
         loads[rank] += group.input_bytes
@@ -158,6 +170,7 @@ def _outputs(plan: MergePlan, attempt: str, files: OpenFiles) -> list[Output]:
 def _check_space(plan: MergePlan) -> None:
     sizes = []
     for final in _finals(plan):
+        # The output's own folder need not exist yet.
         folder = next(path for path in final.absolute().parents if path.is_dir())
         sizes.append((folder, plan.output_bytes))
     check_space(sizes)

@@ -18,6 +18,8 @@ from nemo_warp.merge_arguments import (
 )
 
 MAX_ETA = 2.0
+# What decides bytes. Workers, memory, report and verification do not: they are not in the identity,
+# so that a merge which was killed can be finished with others.
 _RECORDED = (
     *("method", "granularity", "weight", "dtype"),
     *("rounding", "seed", "source", "vocab_size"),
@@ -75,6 +77,7 @@ class MergeOptions:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
+        # The dataclass is frozen: this is its own __init__, still.
         object.__setattr__(self, "weight", one_weight(self.weight))
         _one_of("method", self.method, METHODS)
         _one_of("granularity", self.granularity, GRANULARITIES)
@@ -93,6 +96,7 @@ class MergeOptions:
         self._check_paths()
 
     def _check_paths(self) -> None:
+        # Resolved: two names may be links to one place.
         outputs = [path.resolve() for path in self.outputs.values()]
         if len(set(outputs)) != len(outputs):
             raise ValueError("several etas share one output; put {eta} into --output")

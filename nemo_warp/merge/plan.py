@@ -132,6 +132,7 @@ def make_plan(options: MergeOptions, inputs: tuple[Checkpoint, ...]) -> MergePla
     vocab_size = options.vocab_size or _vocab_size(inputs)
     image = inputs[0].image(dtype_rule(options))
     tensors = []
+    # Sorted by name and not as stored: sums, notes and identity must not depend on the format.
     for name in sorted(tables[0]):
         sources = tuple(table[name] for table in tables)
         true_rows = sources[0].rows
@@ -176,6 +177,7 @@ def _source_tables(
         unknown = sorted(masters.keys() - checkpoint.tensors.keys())
         if unknown:
             raise CheckpointError(f"{checkpoint.path}: {unknown[0]} has a master but no weight")
+        # Parameters that were trained in fp32 have no master; their weights are their own.
         tables.append({**checkpoint.tensors, **masters})
     if not with_masters:
         raise ValueError("--source masters, but none of the inputs is a checkpoint that has them")
@@ -229,6 +231,8 @@ def _check_shapes(
     for source, checkpoint in zip(sources, inputs, strict=True):
         same = source.shape == sources[0].shape
         if name in VOCABULARY_TENSORS:  # padding may differ
+            # Rows depend on the writer's TP (megatron_base_model.py l.616-628): policies of
+            # different layouts differ in padding.
             same = source.shape[1:] == sources[0].shape[1:] and source.rows >= true_rows
         if not same:
             raise CheckpointError(
@@ -270,6 +274,7 @@ def _check_rounding(options: MergeOptions, tensors: list[TensorPlan]) -> None:
 def _file_states(inputs: tuple[Checkpoint, ...]) -> dict[str, list[int]]:
     records = (record for one in inputs for record in one.archive.members.values())
     paths = sorted({record.path.resolve() for record in records})
+    # Size and time of change, not contents: a plan must not read 400 GB.
     states = {path: path.stat() for path in paths}
     return {str(path): [state.st_size, state.st_mtime_ns] for path, state in states.items()}
 

@@ -23,6 +23,8 @@ from nemo_warp.records import write_json_atomically
 
 logger = logging.getLogger(__name__)
 
+# A stat on the shared file system each; half an hour of patience is longer than any rank's share of
+# a 70B merge takes (docs/merge_at_scale.md).
 _POLL_SECONDS = 0.05
 _PATIENCE_SECONDS = 1800.0
 _SILENCE_SECONDS = 5.0
@@ -85,9 +87,12 @@ class Meeting:
 
         def started() -> dict | None:
             self.folder.mkdir(parents=True, exist_ok=True)
+            # Said again: rank 0 empties the folder when it begins, and may do so after this rank's
+            # hello.
             if (self._read(hello) or {}).get("token") != self._token:  # rank 0 begins with none
                 self._write(hello, {"plan": self.identity})
             note = self._read("start") or {}
+            # A start that an earlier attempt left does not know this token.
             return note if self._token in note.get("tokens", {}).values() else None
 
         return self._wait(started, "rank 0 to make the outputs")["attempt"]
@@ -98,6 +103,7 @@ class Meeting:
         Raises:
             RankFailure: one stays silent or has other arguments.
         """
+        # What a killed attempt left; its notes would be taken for answers otherwise.
         shutil.rmtree(self.folder, ignore_errors=True)
         if not self._others:
             return {}
@@ -161,6 +167,7 @@ class Meeting:
             if waited > _PATIENCE_SECONDS:
                 raise RankFailure(f"waited {waited:.0f} s for {what}; is it still running?")
             if waited > silent:
+                # At 5 s, 20 s, 80 s ...: said often enough to be seen, and not a log full of it.
                 silent *= 4
                 logger.warning("%s: waiting for %s%s", self._here(), what, self._advice())
             time.sleep(_POLL_SECONDS)

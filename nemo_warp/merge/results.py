@@ -55,6 +55,8 @@ class UnitResult:
         anchor = _in_deltas(np.eye(len(vector))[towards])
         if square <= 0.0:
             return [None] * len(self.projections)
+        # All by the Gram matrix: inner products of combinations need no second pass over the
+        # weights.
         offset = anchor @ self.gram @ vector
         return [float((projection - offset) / square) for projection in self.projections]
 
@@ -138,4 +140,5 @@ def exact_sum(matrices: Sequence[np.ndarray]) -> np.ndarray:
 
 def _in_deltas(over_inputs: np.ndarray) -> np.ndarray:
     """Coefficients over (theta_init, deltas) of a combination of (theta_init, thetas)."""
+    # sum_n a_n theta_n = (sum_n a_n) theta_init + sum_m a_m delta_m.
     return np.concatenate([[over_inputs.sum()], over_inputs[1:]])

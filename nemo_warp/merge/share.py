@@ -61,6 +61,7 @@ def _merge_each(
             look.at(measure.grams.values())
         coefficients = {u: unit_coefficients(plan, u, g) for u, g in measure.grams.items()}
         merging = engine.merge(group, measure, coefficients)
+        # Merged, not yet written: the next group's merge goes on beside the writes of this one.
         merging.wait()
         yield merging
 
@@ -72,6 +73,7 @@ def _model_gram(plan: MergePlan, engine: Engine) -> np.ndarray | None:
     grams = []
     for measuring in _ahead(map(engine.measure, plan.groups), GROUPS_AHEAD):
         measure = measuring.result()
+        # Only the Gram matrix is wanted in this pass; the weights are read again later.
         engine.forget(measure)
         grams.append(measure.grams["model"])
     refuse_similar(plan, grams)

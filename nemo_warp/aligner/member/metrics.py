@@ -36,6 +36,8 @@ class MetricsLog:
         self._directory = directory
         self._limits = Thresholds(**config["alarms"])
         for file in (METRICS_FILE, TIMINGS_FILE):
+            # Before the views are opened: both files are then the ones of the checkpoint that is
+            # resumed.
             _keep_until(directory / file, step)
         views: list[Logger] = []
         if loggers.tensorboard:
@@ -54,8 +56,11 @@ class MetricsLog:
         if kind == "eval":
             record["alarms"] = self._alarms(record)
         file = TIMINGS_FILE if kind == "timing" else METRICS_FILE
+        # One write per line, and closed again: whoever reads while the member trains sees whole
+        # lines but for the last.
         with (self._directory / file).open("a") as stream:
             stream.write(canonical_json(record) + "\n")
+        # TensorBoard and W&B take scalars; tables and texts stay in the record.
         numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
         judges = (values.get("judges") or {}).items()
         numbers |= {f"judge_{name}": value for name, value in judges if value is not None}
@@ -65,6 +70,7 @@ class MetricsLog:
 
     def _alarms(self, record: dict[str, Any]) -> dict[str, str]:
         """What the evaluations until this one are alarming for."""
+        # From the file and not from memory: the first evaluation may have been an attempt before.
         lines = _lines(self._directory / METRICS_FILE)
         before = [r for r in map(json.loads, lines) if r["kind"] == "eval"]
         before = [r for r in before if r["step"] < record["step"]]
@@ -107,6 +113,7 @@ class SilentLog:
 
 
 def _finite(value: Any) -> Any:
+    # JSON has no NaN: readers in other languages refuse a file that holds one.
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -82,6 +82,8 @@ class Objective:
         regularised = self._rewards(rollouts) - penalty - algorithm.kl_coefficient * kl
         finite = torch.isfinite(regularised)
         unusable = int((valid & ~finite).sum())
+        # One infinite KL (k3 of a token that the policy has unlearned) would spoil its prompt's
+        # baseline.
         valid = valid & finite
         advantages = compute_advantages(regularised, self._groups(), valid, self.baseline)
         data = {
@@ -90,6 +92,7 @@ class Objective:
         }
         if direct:
             data |= {**direct, "kl_weights": self._kl_weights(rollouts.mask, advantages.used)}
+        # Means over the global batch, which every rank has: nothing needs to be reduced.
         metrics = {
             "reward": _mean(rollouts.rewards, ~rollouts.failed),
             "regularised_reward": _mean(regularised, valid),
@@ -118,6 +121,7 @@ class Objective:
     def _groups(self) -> Tensor:
         """Which prompt of the step each sample answers, int64 [B]."""
         rollout = self.config.rollout
+        # By position and not by tokens: two equal prompts of one step are two prompts.
         slots = torch.arange(rollout.prompts_per_step, device=torch.cuda.current_device())
         return slots.repeat_interleave(rollout.samples_per_prompt)
 
@@ -140,6 +144,7 @@ class Objective:
         tokens, mask = rollouts.tokens[rows], rollouts.mask[rows]
         with self.timings.measure("log_prob"):
             log_probs = self.model.get_inference_log_probs(tokens, mask)
+        # Two passes of one model: the reference is never a second model on the device.
         with self.timings.measure("anchor_log_prob"), self.reference.in_place():
             anchor_log_probs = self.model.get_inference_log_probs(tokens, mask)
         algorithm = self.config.algorithm

@@ -49,6 +49,7 @@ class ProfileWindow:
         activities = [torch.profiler.ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(torch.profiler.ProfilerActivity.CUDA)
+            # cudaProfilerStart: what Nsight waits for with --capture-range=cudaProfilerApi.
             torch.cuda.profiler.start()
         self._profiler = torch.profiler.profile(activities=activities)
         self._profiler.start()

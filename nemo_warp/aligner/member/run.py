@@ -61,6 +61,9 @@ def run_member(config: MemberConfig, texts: dict[str, list[PromptLine]], started
         An exit code of `nemo_warp.exit_codes`.
     """
     stop = StopRequest(config.run.time_limit, config.run.save_margin, started)
+    # First of all: a signal while the model loads must not kill the member, but end it at step 0.
+    # (NeMo's PreemptionCallback installs its handler in on_train_start, which NeMo-Aligner's
+    # trainers never call; they fire on_fit_start only, utils/train_script_utils.py l.113.)
     stop.install()
     member = build_member(config, texts, stop)
     outcome = member.trainer.fit()
@@ -89,6 +92,7 @@ def build_member(
     policy, shards = build_policy(
         config, batch // rollout.updates_per_rollout, config.run.total_steps, others
     )
+    # After the model was built, since it is collective and needs the process groups.
     refuse_damaged(config.init, config.sft)
     model = policy.model
     _check_end_token(model, config.init)
@@ -99,8 +103,11 @@ def build_member(
         anchor = EmaAnchor(policy.other_weights(None, offload), config.algorithm.ema_update_rate)
     ema = None if anchor is None else anchor.weights
     reference = {"ema": ema, "sft": sft, "none": None}
+    # The anchor was made from init and is now replaced by the checkpoint's. NeMo-Aligner reads its
+    # reference from the initial checkpoint again, so an EMA anchor would be reset at every requeue.
     state = _resume(config, policy, anchor)
     rewards = RewardSource(config, config.run.name)
+    # Before tokenizing: what waits longest (a server that loads a model) begins first.
     rewards.connect(state["rewards"], texts)
     prompts = {name: _tokenize(config, model, name, texts[name]) for name in texts}
     evaluator = Evaluator(
@@ -153,6 +160,7 @@ def finish(config: MemberConfig, texts: dict[str, list[PromptLine]], member: Mem
         config.export.dtype,
         trainer.checkpoints / name,
     )
+    # Collective: outside of the branch for rank 0.
     fingerprints = trainer.rewards.fingerprints
     if torch.distributed.get_rank() == 0:
         details = {
@@ -176,6 +184,7 @@ def finish(config: MemberConfig, texts: dict[str, list[PromptLine]], member: Mem
             code_version=code_version(),
             versions=package_versions(),
         )
+        # Last: the record is what makes the merge believe in policy.nemo.
         write_completion(directory, record)
     torch.distributed.barrier()
 
@@ -221,6 +230,7 @@ def _move_aside(damaged: dict[Path, str], intact: Path) -> None:
     for checkpoint, damage in damaged.items():
         logging.warning(f"{damage}; going on from {intact.name}")
         if torch.distributed.get_rank() == 0:
+            # Renamed and not removed: somebody may want to know what the disk did.
             checkpoint.rename(checkpoint.with_name(f"damaged_{checkpoint.name}"))
     torch.distributed.barrier()
 

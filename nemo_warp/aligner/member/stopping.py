@@ -28,6 +28,8 @@ class StopRequest:
         if time_limit is not None:
             self._deadline = started + time_limit
         elif end_time is not None:
+            # Slurm's own end time counts what was spent before this process (NeMo-Aligner's timer
+            # starts after loading and restarts with every epoch, algorithms/reinforce.py l.464).
             self._deadline = float(end_time)
         self._save_margin = save_margin
         self._longest_step = 0.0
@@ -44,6 +46,8 @@ class StopRequest:
 
     def agreed(self) -> str | None:
         """Why to stop now, or None; the same on every rank. Collective."""
+        # Slurm may signal one rank only, and clocks differ: ranks that decided alone would part in
+        # the next collective. MAX takes the strongest wish of any rank.
         codes = torch.tensor(
             [float(self._signal or 0), float(self._out_of_time())],
             device=torch.cuda.current_device(),
@@ -55,6 +59,7 @@ class StopRequest:
         return "the time limit is near" if out_of_time else None
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
+        # Only remembered: the step that runs is finished, since half a step cannot be saved.
         self._signal = signal.Signals(number)
 
     def _out_of_time(self) -> bool:

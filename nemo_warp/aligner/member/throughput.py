@@ -41,6 +41,7 @@ class Throughput:
         self._trained += tokens
         if self._sizes is not None:
             length = tokens / len(rollouts.lengths)
+            # Forward 1, backward 2: gradients to inputs and to weights.
             self._operations += 3 * self._sizes.forward_flops(tokens, length)
 
     def take(self, seconds: dict[str, float]) -> dict[str, float]:

@@ -132,12 +132,15 @@ class WarpReinforceTrainer:
     def _fit(self, bar: tqdm) -> Outcome:
         run = self.config.run
         while True:
+            # Evaluated before the save: the checkpoint then knows that this step was measured, and
+            # a resumed member does not measure it twice.
             if not self.evaluated and self._evaluate_and_check_limit():
                 return Outcome.KL_LIMIT
             if self.step and self._due(run.save_interval):
                 self.save()
             if self.step == run.total_steps:
                 return Outcome.DONE
+            # After evaluation and save of this step, so that a stop costs nothing that was done.
             if reason := self.stop.agreed():
                 logging.warning(reason)
                 return Outcome.STOPPED
@@ -155,10 +158,13 @@ class WarpReinforceTrainer:
             RewardFailureRateError: on every rank, before anything was changed.
             FloatingPointError: see `Updater.step`.
         """
+        # As upstream does before each step (algorithms/reinforce.py l.469).
         clear_memory()
         with self.model.inference():
             with self.timings.measure("rollout"):
                 rollouts = self.generate_rollouts()
+            # Before anything is trained: a batch without rewards must leave no trace in weights or
+            # order.
             self.rewards.check(rollouts.failed)
             self.throughput.count(rollouts)
             batch = self.objective.batch(rollouts)
@@ -171,6 +177,8 @@ class WarpReinforceTrainer:
     def generate_rollouts(self) -> Rollouts:
         """Responses of the present policy to the next prompts of the member's order."""
         run, rollout = self.config.run, self.config.rollout
+        # From the step alone: nothing about the data has to be in the checkpoint. (NeMo-Aligner
+        # counts responses where its sampler counts prompts, algorithms/reinforce.py l.390.)
         number = self.step // rollout.updates_per_rollout
         first = number * rollout.prompts_per_step
         indices = prompt_indices(run.seed, first, rollout.prompts_per_step, len(self.prompts))
@@ -190,6 +198,7 @@ class WarpReinforceTrainer:
         The parts are equal and the weights are normalised by the whole batch, hence the factor.
         """
         parts = self.config.rollout.updates_per_rollout
+        # Equal parts in order: groups of a prompt's samples stay together.
         chunks = zip(*(tensor.chunk(parts) for tensor in data.values()), strict=True)
         batches = []
         for chunk in chunks:
@@ -212,6 +221,8 @@ class WarpReinforceTrainer:
             if updated and self.anchor is not None:
                 with self.timings.measure("ema_update"):
                     self.anchor.update_()
+            # Counts skipped updates as well: the step is what data, seeds and learning rate depend
+            # on.
             self.step += 1
             metrics["optim_step"] = self.step - 1
         metrics["clip_share"] = clipped / len(batches)
@@ -219,6 +230,7 @@ class WarpReinforceTrainer:
 
     def save(self) -> None:
         """Write a training checkpoint of this step boundary. Collective."""
+        # Saving wants the optimizer's states on the device.
         self.model.prepare_for_training()
         state = {
             "step": self.step,

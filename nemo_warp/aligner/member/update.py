@@ -46,6 +46,7 @@ class Updater:
             FloatingPointError: ``max_skipped`` gradients in a row were not finite, or a gradient is
                 exactly 0 although samples have weight: the model's gradients are not collected.
         """
+        # A batch may rightly have no gradient: all rewards equal, or all failed.
         weighs = bool(batch["weights"].count_nonzero())
         self.model.prepare_for_training()
         self.optimizer.zero_grad()
@@ -69,6 +70,8 @@ class Updater:
         if self.model.use_mcore_dist_optim:
             # Megatron's optimizer clips inside its step, where it is too late to look.
             inner = self.optimizer.mcore_optimizer
+            # Copies the main gradients into the optimizer's shards; its step would do it again, to
+            # no effect.
             inner.prepare_grads()
             return float(inner.get_grad_norm())
         norm = clip_gradients(self.model, self.clip)
@@ -85,6 +88,8 @@ class Updater:
             logging.error(f"loss {loss}, gradient norm {norm}: this update is left out")
             return False
         self._skipped = 0
+        # Seen when a parameter's dtype was changed in place: torch drops its gradient accumulator,
+        # and with it the hooks that collect main gradients.
         if norm == 0.0 and _anywhere(weighs):
             raise FloatingPointError(
                 "the gradient is exactly 0 although samples have weight: the optimizer does not "

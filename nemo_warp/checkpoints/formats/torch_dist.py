@@ -129,7 +129,7 @@ class TorchDistStore:
         """The tensor's shape, also if it is stored flattened for the distributed optimizer."""
         mcore = getattr(self._index.metadata, "mcore_data", None)
         # mcore_data is Megatron-core's addition to torch's Metadata (strategies/torch.py
-        # l.493-497).
+        # l.281).
         entry = mcore.get(key) if isinstance(mcore, dict) else None
         original = entry.get(_FLATTENED) if isinstance(entry, dict) else None
         stored = tuple(self._index.described(key).size)

@@ -21,6 +21,7 @@ from nemo_warp.records import write_json_atomically
 from nemo_warp.rewards.errors import RewardError
 
 URL_VARIABLE, KEY_VARIABLE = "OPENAI_BASE_URL", "OPENAI_API_KEY"
+# 409 and 425: conflicts and "too early" of gateways; 529: overloaded, of some hosted models.
 _WORTH_A_RETRY = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 _LONGEST_WAIT_S = 60.0
 
@@ -98,6 +99,8 @@ class ChatClient:
             "max_tokens": self.settings.max_tokens,
             **self.settings.more,
         }
+        # The name is the hash of the whole request: another temperature or template is another
+        # question.
         file = self._file(body)
         known = _cached(file) if file else None
         if known is not None:
@@ -106,6 +109,7 @@ class ChatClient:
         text = await self._ask(body)
         if file:
             file.parent.mkdir(parents=True, exist_ok=True)
+            # Atomic: many servers share the directory, and write the same answers.
             write_json_atomically(file, {"request": body, "answer": text})
         return text
 
@@ -118,6 +122,7 @@ class ChatClient:
                 attempt += 1
                 if attempt > self.settings.retries:
                     raise ChatError(f"{later} ({attempt} attempts)") from None
+                # Not time.sleep: the other questions go on meanwhile.
                 await asyncio.sleep(self._wait(attempt, later.seconds))
 
     async def _attempt(self, body: Mapping[str, Any]) -> str:
@@ -144,12 +149,14 @@ class ChatClient:
         except aiohttp.ClientError as error:
             told = f"{type(error).__name__}: {error}"
             raise _LaterError(f"{address} could not be asked ({told})") from None
+        # Any other status (a wrong key, a model that is not there) would be the same again.
         if response.status != 200:
             raise ChatError(f"{address} answered {response.status}: {text[:200]!r}")
         return _content(text, address)
 
     def _wait(self, attempt: int, asked_for: float | None) -> float:
         wait = self.settings.backoff_s * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
+        # Bounded: a server that asks for an hour would hold up the whole training step.
         return min(_LONGEST_WAIT_S, wait if asked_for is None else asked_for)
 
     def _file(self, body: Mapping[str, Any]) -> Path | None:

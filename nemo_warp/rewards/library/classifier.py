@@ -75,6 +75,7 @@ class Classifier:
         self._max_tokens = max_tokens or _longest(self._tokenizer, self._model.config)
         self._inputs = inspect.signature(self._model.forward).parameters
         self._lock = threading.Lock()
+        # Of all its files: the same directory with other weights is another reward.
         self.identity = hash_file(Path(model)).sha256
 
     def __call__(
@@ -89,6 +90,7 @@ class Classifier:
         problems = [self._problem(one) for one in encoded]
         scores: list[float | Exception] = [ValueError(problem) for problem in problems]
         good = [place for place, problem in enumerate(problems) if not problem]
+        # Texts of about one length together: padding costs as much as text.
         good.sort(key=lambda place: len(encoded[place]["input_ids"]))
         with self._lock:  # one model
             for places in self._batches(good, encoded):
@@ -138,12 +140,14 @@ class Classifier:
         import torch
 
         if len(encoded) == 1:
+            # transformers looks for the padding to find the last token; a single text has none.
             self._model.config.pad_token_id = None
             batch = {name: torch.tensor([ids]) for name, ids in encoded[0].items()}
         else:
             self._model.config.pad_token_id = self._tokenizer.pad_token_id
             batch = self._tokenizer.pad(encoded, return_tensors="pt").data
         with torch.inference_mode():
+            # float32: bf16 logits near 8 come in steps of 1/16, and equal scores give no gradient.
             logits = self._model(**{k: v.to(self._device) for k, v in batch.items()}).logits.float()
         if self._probability:
             logits = logits.sigmoid() if logits.size(1) == 1 else logits.softmax(-1)

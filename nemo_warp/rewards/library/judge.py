@@ -41,6 +41,8 @@ class Rating:
     """
 
     distributions = ("aiohttp",)
+    # The model's name decides, not where it is served: moving it must not make the reward another
+    # one, which the member would refuse.
     undeciding = ("url", "key_variable", "timeout_s", "retries", "backoff_s", "cache")
 
     def __init__(
@@ -77,6 +79,7 @@ class Rating:
             ValueError: no rating in it, or none of the scale.
         """
         low, high = self._scale
+        # Fields first: a field called "prompt" must not take the prompt's place.
         given = {**fields, "low": f"{low:g}", "high": f"{high:g}"}
         asked = filled(self._template, {**given, "prompt": prompt, "response": response})
         messages = [{"role": "system", "content": self._system}] if self._system else []
@@ -84,6 +87,7 @@ class Rating:
         found = self._pattern.findall(answer)
         if not found:
             raise ValueError(f"the judge gave no rating: {answer[-200:]!r}")
+        # The last one: a judge that thinks aloud weighs other ratings before it.
         rating = float(found[-1])
         if not low <= rating <= high:
             raise ValueError(f"the judge's rating {rating:g} is not from {low:g} to {high:g}")
@@ -93,4 +97,6 @@ class Rating:
 def filled(template: str, values: dict[str, Any]) -> str:
     """The template with each {name} that is known replaced, once; other braces stay."""
     names = "|".join(map(re.escape, values))
+    # In one pass, so that a prompt which holds "{response}" is not filled in itself; and not
+    # str.format, which would stumble over any other brace.
     return re.sub(rf"\{{({names})\}}", lambda match: str(values[match[1]]), template)

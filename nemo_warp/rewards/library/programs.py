@@ -77,6 +77,8 @@ class PassesTests:
             raise ValueError(f"prefix: there is no program {prefix[0]!r}")
         self._share = share
         self._seconds = seconds
+        # -I and -S: no user site, no environment variables of Python, none of this server's
+        # packages.
         self._words = [*prefix, sys.executable, "-I", "-S", "-c", _RUNNER]
         self._limits = {
             "RLIMIT_CPU": max(1, round(2 * seconds)),
@@ -108,6 +110,7 @@ class PassesTests:
         passed = 0
         for number, test in enumerate(given, 1):
             passed += self._passes(program, test)
+            # One failure decides: the other tests need not run.
             if passed < number and not self._share:
                 return 0.0
         return passed / len(given)
@@ -120,6 +123,7 @@ class PassesTests:
 
     def _run(self, source: str, given: str) -> str | None:
         """What the program prints; None if it fails, or passes a limit."""
+        # Drawn for each test: a program that prints any fixed word would pass.
         word = secrets.token_hex(16)
         with tempfile.TemporaryDirectory(prefix="tests-", ignore_cleanup_errors=True) as directory:
             file = Path(directory) / "program.py"
