@@ -77,6 +77,8 @@ class WarpActorModel(ForwardPasses, MegatronGPTReinforceActorModel):
     @contextmanager
     def inference(self) -> Iterator[None]:
         """Generate and score inside; refits the TensorRT-LLM engine, where that is in use."""
+        # NeMo-Aligner's: switches sequence and activation settings of training off (generation has
+        # sequences of one token), and builds or refits the engine.
         self.prepare_for_inference()
         embeddings = self._without_reduce_scatter()
         try:
@@ -108,6 +110,8 @@ class WarpActorModel(ForwardPasses, MegatronGPTReinforceActorModel):
         if not self.restored:
             for entry in nested_values(state):
                 if isinstance(entry, ShardedTensor | ShardedTensorFactory):
+                    # Megatron reads into the tensors of this state, in their dtype: bf16 ones would
+                    # round what the file holds in fp32.
                     entry.data = entry.data.detach().float()
                     if isinstance(entry, ShardedTensor):
                         entry.dtype = torch.float32
@@ -128,6 +132,8 @@ class WarpActorModel(ForwardPasses, MegatronGPTReinforceActorModel):
 
     def seed_sampling(self, seed: int) -> None:
         """Make the next `infer` a function of ``seed``, equal on all ranks that sample together."""
+        # NeMo samples with torch's global generators; TensorRT-LLM takes seeds from a generator of
+        # NeMo-Aligner's own (utils/trt_llm.py l.97-100), which a resume would start anew.
         torch.manual_seed(seed)
         if torch.cuda.is_available():
             torch.cuda.manual_seed(seed)

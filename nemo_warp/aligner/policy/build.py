@@ -68,6 +68,7 @@ def build_policy(
         path: nemo_config(config, path, global_batch_size, max_steps)
         for path in (*others, config.init)
     }
+    # One trainer for all models: its strategy makes the process groups, which exist once.
     trainer = MegatronTrainerBuilder(trees[config.init]).create_trainer()
     shards = {}
     for path in dict.fromkeys(others):
@@ -76,6 +77,8 @@ def build_policy(
         shards[path] = ShardedWeights(model).shard.clone() if shard is None else shard
         trainer.strategy.connect(None)  # it would keep the model while the next one is loaded
         del model
+        # Models are in reference cycles (modules, hooks): without it the memory is freed some time
+        # later.
         gc.collect()
     model = _restore(trees[config.init].model, trainer, config.init)
     if not trains:
@@ -86,6 +89,8 @@ def build_policy(
     optimizer, scheduler = extract_optimizer_scheduler_from_ptl_model(model)
     policy = Policy(model, optimizer, scheduler, _file_shard(model, config.init))
     if policy.shard is not None and reachable_masters(model):
+        # NeMo has made the masters from bf16 parameters by now; they are overwritten before any
+        # step.
         set_masters(model, policy.other_weights(None))
     return policy, shards
 
@@ -98,6 +103,7 @@ def _file_shard(model: WarpActorModel, path: str) -> torch.Tensor | None:
 
 
 def _restore(model_config: DictConfig, trainer: Any, path: str) -> WarpActorModel:
+    # strict: a missing weight would be trained from random numbers.
     model = load_from_nemo(
         WarpActorModel, model_config, trainer, strict=True, restore_path=str(Path(path))
     )

@@ -52,6 +52,7 @@ def memory_bytes() -> float | None:
 def peak_memory() -> int:
     """Bytes that tensors took at most since the last call; without a GPU, the process ever."""
     if not torch.cuda.is_available():
+        # ru_maxrss is in kilobytes on Linux, and can never be reset.
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     most = torch.cuda.max_memory_allocated()
     torch.cuda.reset_peak_memory_stats()

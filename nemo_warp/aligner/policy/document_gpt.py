@@ -36,6 +36,7 @@ class DocumentDataset(torch.utils.data.Dataset):
         lengths = torch.tensor([len(row) for row in rows])
         padded = [row + [eos_id] * (seq_length + 1 - len(row)) for row in rows]
         self._rows = torch.tensor(padded, dtype=torch.long)
+        # The prediction of position t is token t + 1: the last one counted is EOS, padding is not.
         self._loss_mask = (torch.arange(1, seq_length + 1) < lengths[:, None]).float()
         self._positions = torch.arange(seq_length)
         self._order = _order(len(rows), num_samples, seed)

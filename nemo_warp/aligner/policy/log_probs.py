@@ -57,6 +57,8 @@ class OutputLayer:
 
     def logits(self, states: Tensor) -> Tensor:
         """Tempered logits, float32 [n, columns], of hidden states [n, H]; to be changed freely."""
+        # fp32 after the product: the softmax of bf16 logits is wrong in the third digit. div_ and
+        # tanh_ in place, since a second copy of the logits would double the peak.
         found = torch.matmul(states, self.weight[: self.columns].t()).float()
         if self.soft_cap:
             found.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
@@ -66,6 +68,8 @@ class OutputLayer:
         """Derivative of a logit by the matrix product's output, from what `logits` returned."""
         if not self.soft_cap:
             return 1 / self.temperature
+        # d tanh(x/c)c / dx = 1 - (capped/c)^2; divided by the temperature, which came after the
+        # cap.
         capped = (logits * (self.temperature / self.soft_cap)).square_()
         return capped.neg_().add_(1).div_(self.temperature)
 
@@ -77,6 +81,7 @@ class OutputLayer:
 
     def chunks(self, positions: int) -> Iterator[slice]:
         """Slices of the positions whose logits are held at a time; the same on all ranks."""
+        # By the padded rows, which are the same on all ranks: chunks are collective.
         size = max(1, CHUNK_LOGITS // len(self.weight))
         for start in range(0, positions, size):
             yield slice(start, start + size)
@@ -111,6 +116,8 @@ class _TargetLogProbs(torch.autograd.Function):
     def forward(
         ctx: Any, states: Tensor, weight: Tensor, layer: OutputLayer, index: Tensor, targets: Tensor
     ) -> tuple[Tensor, Tensor]:
+        # Normalised in two numbers per position, largest logit and sum: ranks can be joined
+        # exactly.
         peak, total = torch.zeros(2, len(index), device=states.device).unbind()
         chosen = torch.zeros(_several(targets).shape, device=states.device)
         for rows in layer.chunks(len(index)):
@@ -126,6 +133,7 @@ class _TargetLogProbs(torch.autograd.Function):
         top, total, chosen = _sum_over_ranks(peak, total, chosen)
         norm = total.log()
         log_probs = (chosen - top[:, None] - norm[:, None]).view_as(targets)
+        # A target in the padding has no probability (a prompt cannot hold one).
         log_probs = log_probs.where(targets < layer.vocabulary, -torch.inf)
         ctx.layer = layer
         ctx.save_for_backward(states, weight, index, targets, top + norm)
@@ -137,6 +145,7 @@ class _TargetLogProbs(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         states, weight, index, targets, normaliser = ctx.saved_tensors
         layer = ctx.layer
+        # Logits are computed again: keeping them would be what the chunks are there to avoid.
         grad_states = torch.zeros_like(states)
         # fp32, as the chunks' shares are added up in it.
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
@@ -173,6 +182,8 @@ def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
     if left.dtype == total.dtype:
         total.addmm_(left, right)
     else:
+        # addmm_ takes operands of one dtype only; the product of bf16 is summed in fp32 inside
+        # cuBLAS.
         total.add_(left @ right)
 
 
@@ -186,6 +197,7 @@ def _sum_over_ranks(peak: Tensor, total: Tensor, chosen: Tensor) -> tuple[Tensor
     group = parallel_state.get_tensor_model_parallel_group()
     top = peak.clone()
     torch.distributed.all_reduce(top, torch.distributed.ReduceOp.MAX, group=group)
+    # One collective for sums and chosen logits: latency counts more than bytes here.
     both = torch.cat([(total * (peak - top).exp())[:, None], chosen], 1)
     torch.distributed.all_reduce(both, group=group)
     return top, both[:, 0], both[:, 1:]
@@ -220,6 +232,7 @@ def exact_kl(policy: FinalStates, reference: FinalStates) -> Tensor:
     kl = torch.zeros(len(policy.states), device=policy.states.device)
     for rows in policy.layer.chunks(len(kl)):
         ours, theirs = policy.log_probs(rows), reference.log_probs(rows)
+        # In place, and in this order: `ours` is still needed for its exponential.
         difference = theirs.neg_().add_(ours)
         kl[rows] = ours.exp_().mul_(difference).sum(1)
     torch.distributed.all_reduce(kl, group=parallel_state.get_tensor_model_parallel_group())

@@ -58,6 +58,8 @@ def plan_micro_batches(
             longer stands alone.
         multiple: widths are rounded up to it (sequence parallelism: TP).
     """
+    # sorted is stable: rows of equal length keep their order, so that a run can be repeated
+    # exactly.
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     planned: list[MicroBatch] = []
     rows: list[int] = []
@@ -74,6 +76,8 @@ def plan_micro_batches(
 
 
 def _rounded(length: int, multiple: int) -> int:
+    # At least one token: a row without a position that counts still goes through the model with its
+    # micro batch.
     return -(-max(length, 1) // multiple) * multiple
 
 

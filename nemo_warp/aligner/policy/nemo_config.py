@@ -35,6 +35,7 @@ def nemo_config(
         {
             "trainer": trainer
             | {
+                # Lightning's own loop is never run: loggers, checkpoints and bars are ours.
                 "logger": False,
                 "enable_checkpointing": False,
                 "enable_progress_bar": False,
@@ -79,6 +80,8 @@ def _model_overrides(
         "dist_ckpt_format": "torch_dist",
         "optim": _optimizer(plain["optim"], max_steps),
         "reinforce": _reinforce(plain, longest_prompt),
+        # NeMo-Aligner merges sections key by key otherwise: keys of the checkpoint's optimizer
+        # would stay (load_and_override_model_config, utils/utils.py).
         "overwrite_base_config": {"optim": True, "data": True},
     }
     return to_plain(overlaid(overrides, plain["model"]["extra"]))
@@ -86,6 +89,7 @@ def _model_overrides(
 
 def _optimizer(optim: dict[str, Any], max_steps: int) -> dict[str, Any]:
     distributed = {
+        # As in NeMo's own configurations of apex's distributed Adam.
         "bucket_cap_mb": 200,
         "overlap_grad_sync": False,
         "contiguous_grad_buffer": True,
@@ -126,6 +130,7 @@ def _reinforce(plain: dict[str, Any], longest_prompt: int) -> dict[str, Any]:
             "temperature": rollout["temperature"],
             "top_k": rollout["top_k"],
             "top_p": rollout["top_p"],
+            # Any other value samples from a distribution that no log-probability here describes.
             "repetition_penalty": 1.0,
             "add_BOS": False,
             "all_probs": False,

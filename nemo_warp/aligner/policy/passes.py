@@ -71,9 +71,12 @@ class ForwardPasses:
         scale = len(plan) * parallel_state.get_data_parallel_world_size()
 
         def loss_func(micro: dict[str, Tensor], log_probs: Tensor) -> tuple[Tensor, dict]:
+            # A plain sum: the weights were normalised over the global batch.
             loss = -(log_probs[..., 0] * micro["weights"]).sum()
             if "kl_weights" in micro:
                 top = log_probs[..., 1:]
+                # The gradient goes through pi only: d is held fixed, as its own gradient has
+                # expectation 0.
                 kl = (top.exp() * (top.detach() - micro["kl_anchor"])).sum(-1)
                 loss = loss + (kl * micro["kl_weights"]).sum()
             return loss * scale, {"loss": loss.detach()}
@@ -84,6 +87,7 @@ class ForwardPasses:
         loss = torch.stack(losses).sum() if losses else torch.zeros((), device=weights.device)
         if losses:
             torch.distributed.all_reduce(loss, group=parallel_state.get_data_parallel_group())
+        # Only the last pipeline stage has losses; NeMo-Aligner broadcasts them the same way.
         torch.distributed.broadcast(loss, get_last_rank())
         return loss.item(), {"loss": loss.item()}
 
@@ -124,6 +128,7 @@ class ForwardPasses:
             for micro, part in zip(plan, found, strict=True):
                 width = min(micro.width, mask.size(1))
                 scores[:, micro.rows, :width] = part[..., :width]
+        # All stages of a pipeline need the scores, for the same global batch on every rank.
         return broadcast_tensor_within_pp(scores)
 
     @torch.no_grad()
@@ -238,8 +243,11 @@ class ForwardPasses:
             is summed over tensor parallel there, as the output layer would.
         """
         inputs = micro["inputs"]
+        # Padding is behind the text, so that positions start at 0 in every row, as in generation.
         positions = torch.arange(inputs.size(1), device=inputs.device).expand_as(inputs)
         gpt = bare_module(model)
+        # Without it Megatron's GPT ends with logits of all positions in fp32, which is what is
+        # avoided.
         last, gpt.post_process = gpt.post_process, False  # the decoder's own, the final norm, stays
         try:
             # Megatron's causal mask is made where none is given, as in NeMo's generation.
@@ -291,6 +299,7 @@ class ForwardPasses:
             others: [B, S-1], see `MicroBatch.cut`.
             collect: the forward step's values are no losses.
         """
+        # NeMo-Aligner's: gradients are reduced after the last micro batch only.
         set_sync_funcs(self, forward_only)
         batches = (micro.cut(tokens, others, self.tokenizer.eos_id) for micro in plan)
         shapes = {(len(micro.rows), micro.width) for micro in plan}
@@ -311,6 +320,7 @@ class ForwardPasses:
         """Pipeline stages tell each other the shapes of micro batches that are not all alike."""
         configs = [module.config for module in self.get_model_module_list()]
         for config in configs:
+            # Costs a small message for each micro batch and stage, so only where widths differ.
             config.variable_seq_lengths = needed
         try:
             yield
