@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _record(exit_codes.MISCONFIGURED, options.exit_file)
             return exit_codes.MISCONFIGURED
     ranks = _start(options)
+    # After the ranks exist: a signal before ends this process, and with it (die_with_parent) them.
     for number in _FORWARDED:
         signal.signal(number, lambda n, _frame: _signal(ranks, n))
     return _wait(ranks, options.exit_file, os.getppid() if options.mpi else None)
@@ -96,6 +97,7 @@ def _start(options: argparse.Namespace) -> list[subprocess.Popen]:
         "TORCHELASTIC_RUN_ID": os.environ.get("SLURM_JOB_ID", "local"),
         "TORCHELASTIC_RESTART_COUNT": 0,
         "TORCHELASTIC_MAX_RESTARTS": 0,
+        # Rank 0 opens the store itself; torchrun's agent, which would hold it, is not there.
         "TORCHELASTIC_USE_AGENT_STORE": "False",
     }
     if "OMP_NUM_THREADS" not in os.environ:
@@ -124,6 +126,7 @@ def threads(ranks: int) -> int:
     torch takes all cores for each otherwise: two tiny members side by side on 2 cores took 78 s
     instead of 60.
     """
+    # What Slurm or taskset allows, not what the machine has.
     cores = len(os.sched_getaffinity(0))
     allowed = int(os.environ.get("SLURM_CPUS_ON_NODE") or cores)
     return max(1, min(cores, allowed) // ranks)
@@ -184,10 +187,13 @@ def _wait(ranks: list[subprocess.Popen], exit_file: Path | None, starter: int | 
         status = exit_status(failed[0]) if failed else elsewhere.status()
         if starter is not None and os.getppid() != starter:
             _signal(ranks, signal.SIGKILL)
+        # Only the first failure counts: ranks that fail of it have other codes, or 137.
         if status and deadline is None:
             first, deadline = status, time.monotonic() + _grace(status)
             _record(first, exit_file)
         if deadline is not None and time.monotonic() > deadline and kills:
+            # SIGTERM first: members save on it. SIGKILL for those that hang in a collective whose
+            # partner is gone.
             _signal(ranks, kills.pop(0))
             deadline = time.monotonic() + _GRACE_S
         time.sleep(_POLL_S)

@@ -85,7 +85,10 @@ def run_stage(recipe: Recipe, stage: Stage, lock: int) -> int:
     """Make one attempt at ``stage``, unless it is done or has failed. The lock is held."""
     paths, job = recipe.paths.stage(stage.name), slurm_jobs.own_job(recipe, stage)
     if job is not None:
+        # Slurm runs this job, so it was not cancelled after all: a requeue may look like it from
+        # outside.
         cancelled.withdraw(paths, job)
+    # Under Slurm the job before may have ended on another node, whose file system cache is ahead.
     _await_needs(recipe, stage, _VISIBILITY_WAIT_S if job is not None else 0.0)
     request = build_request(recipe, stage)
     if is_done(recipe, stage, request):
@@ -94,6 +97,7 @@ def run_stage(recipe: Recipe, stage: Stage, lock: int) -> int:
     _require_inputs(stage, request)
     _set_up(recipe, stage, request)
     cap = recipe.values["retries"]["without_progress"]
+    # After the set-up: attempts at another request do not count, and were moved aside with it.
     stuck = attempts.failure(paths, cap)
     if stuck is not None:
         print(f"error: {stage.name}: {stuck}", file=sys.stderr, flush=True)
@@ -208,6 +212,7 @@ def _requeue_if_worthwhile(paths: StagePaths, outcome: Outcome, cap: int, job: s
     if stuck is not None:
         print(f"not requeued: {stuck}", flush=True)
         return
+    # The supervisor's handler would only remember the signal, and Slurm wait for KillWait.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     print(f"requeueing {job}", flush=True)
     slurm.requeue_this_job(job)

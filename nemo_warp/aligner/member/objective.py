@@ -115,6 +115,8 @@ class Objective:
         if all(scale.standardize == "none" for scale in scales) or rollouts.parts is None:
             return rollouts.rewards
         weights = [float(reward.get("weight", 1.0)) for reward in rewards]
+        # float64 on the host, by the function that the reward client uses: one definition of a
+        # mixture.
         total = optimised(rollouts.parts.double().cpu().numpy(), scales, weights)
         return torch.as_tensor(total).to(rollouts.rewards)
 

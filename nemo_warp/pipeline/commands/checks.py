@@ -20,6 +20,7 @@ _IMPORTED_STAR = "*"
 
 def check_before_start(recipe: Recipe) -> None:
     """Raise ValueError for the first thing that stages would fail of, hours later."""
+    # Cheapest first: whether files are there, then their contents, then what needs a look around.
     check_files(recipe.values)
     members = [recipe.member_config(*one) for one in recipe.different_members()]
     check_prompts(recipe.values, members)
@@ -96,6 +97,7 @@ def _find(module: str) -> importlib.machinery.ModuleSpec | None:
     spec, path = None, [str(checkout() or ""), *sys.path[1:]]
     parts = module.split(".")
     for number in range(1, len(parts) + 1):
+        # Its own loop: find_spec of "a.b" imports a, which may import torch, or start something.
         spec = importlib.machinery.PathFinder.find_spec(".".join(parts[:number]), path)
         if spec is None:
             return None
@@ -106,6 +108,7 @@ def _find(module: str) -> importlib.machinery.ModuleSpec | None:
 def _names(file: Path) -> set[str]:
     """Names a module's source binds anywhere outside of functions and classes."""
     try:
+        # Read and not run: a reward's module may load a model when it is imported.
         tree = ast.parse(file.read_bytes())
     except SyntaxError as error:
         raise ValueError(f"{file}, line {error.lineno}: {error.msg}") from None
@@ -114,6 +117,8 @@ def _names(file: Path) -> set[str]:
     while waiting:
         for node in ast.iter_child_nodes(waiting.pop()):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                # A module with __getattr__ (PEP 562) may have any name; so may one with an import
+                # of *.
                 found.add(_IMPORTED_STAR if node.name == "__getattr__" else node.name)
                 continue
             if isinstance(node, ast.alias):
@@ -141,6 +146,7 @@ def lacking_space(recipe: Recipe, used: int = 0) -> str | None:
     parts = disk_bytes(recipe)
     if parts is None:
         return None
+    # The run directory need not exist yet: the file system that it will be on is asked.
     there = next(p for p in (recipe.paths.root, *recipe.paths.root.parents) if p.exists())
     needed, free = sum(parts.values()) - used, shutil.disk_usage(there).free
     if needed <= free:

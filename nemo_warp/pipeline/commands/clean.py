@@ -40,6 +40,7 @@ def main(args: argparse.Namespace) -> int:
     recipe = existing(args)
     if args.dry_run:
         return _clean(args, recipe)
+    # No driver may look at the disk while things go.
     with locks.hold(recipe.paths.driver_lock):
         return _clean(args, recipe)
 

@@ -91,6 +91,7 @@ def wall_hours(recipe: Recipe) -> float | None:
     values, launcher = recipe.values, recipe.values["launcher"]
     local = launcher["kind"] == "local"
     at_a_time = launcher["side_by_side"] if local else launcher["throttle"] or values["members"]
+    # Members that do not fit side by side come one wave after another.
     waves = -(-values["members"] // at_a_time)
     iterations = range(1, values["iterations"] + 1)
     numbers = range(1, values["members"] + 1) if values["per_member"] else (1,)
@@ -115,6 +116,7 @@ def measured_seconds(timings: Path) -> float:
     files = [timings] if timings.is_file() else sorted(timings.rglob("timings.jsonl"))
     steps, seconds = 0, 0.0
     for file in files:
+        # Without the last piece: empty, or a line that is being written.
         for number, line in enumerate(file.read_text().split("\n")[:-1], start=1):
             try:
                 record = json.loads(line)

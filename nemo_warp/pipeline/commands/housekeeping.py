@@ -25,6 +25,8 @@ def optimizer_checkpoints(recipe: Recipe, states: Mapping[str, StageState]) -> I
     """Training checkpoints of members whose iteration is merged and evaluated."""
     done = {name for name, state in states.items() if state.status is Status.DONE}
     for stage in recipe.stages:
+        # Merged alone is not enough: with average_steps a merge that is made again reads the
+        # checkpoints, and an evaluation may still ask for one.
         over = {stage.name, merge_name(stage.iteration), evaluation_name(stage.iteration)}
         checkpoints = recipe.paths.stage(stage.name).checkpoints
         if stage.kind == MEMBER and over <= done and checkpoints.is_dir():
@@ -37,6 +39,7 @@ def leftovers(recipe: Recipe, states: Mapping[str, StageState]) -> Iterator[Path
         yield from sorted(recipe.paths.superseded.iterdir())
     for name, state in states.items():
         paths = recipe.paths.stage(name)
+        # Both: a running stage may be known to the queue only, or to its lock only.
         at_work = state.status is Status.RUNNING or locks.is_held(paths.lock)
         if paths.building.is_dir() and not at_work:
             yield paths.building

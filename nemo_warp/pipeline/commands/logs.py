@@ -76,6 +76,7 @@ def _print(recipe: Recipe, name: str, log: Path, lines: int, follow: bool) -> No
         shown = _readable(stream.read()).splitlines(keepends=True)[-lines:]
         print("".join(shown), end="", flush=True)
         while follow:
+            # Asked before reading: what a stage wrote just before it ended is then still shown.
             running = locks.is_held(recipe.paths.stage(name).lock)
             more = stream.read()
             if more:

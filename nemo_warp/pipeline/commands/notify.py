@@ -34,7 +34,10 @@ def notify(recipe: Recipe, code: int) -> None:
     told = recipe.paths.notified
     if whom is None or (told.read_text() if told.exists() else "") == event:
         return
+    # Before sending: a command that fails, or kills this driver, is not tried again every ten
+    # minutes by cron.
     write_text_atomically(told, event)
+    # Still running: forgotten above, so that the next end is news again.
     if not event:
         return
     root = str(recipe.paths.root)

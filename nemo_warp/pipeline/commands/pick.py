@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 @in_words
 def main(args: argparse.Namespace) -> int:
     """Search, publish and report; returns an exit code."""
+    # repr: all digits, since the number is part of the stage's identity.
     args.overrides = [*args.overrides, f"front.final_kl={args.kl!r}"]
     if args.tolerance is not None:
         args.overrides.append(f"front.kl_tolerance={args.tolerance!r}")
@@ -49,6 +50,8 @@ def main(args: argparse.Namespace) -> int:
             f"nemo-warp run {recipe.paths.root}"
         )
     _refuse_more(recipe)
+    # Safe to redo by itself: `_refuse_more` has made sure that only the choice and what follows
+    # change. Members are not made here, so other code is no matter.
     code = go(recipe, redo=True, other_code=True)
     if code == exit_codes.DONE:
         print(chosen(recipe))

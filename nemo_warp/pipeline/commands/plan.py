@@ -191,6 +191,8 @@ def _commands(recipe: Recipe) -> Iterator[str]:
 
 def _submissions(recipe: Recipe) -> Iterator[str]:
     """What the rounds submit if nothing fails."""
+    # The real functions of the driver, with a `submit` that only writes down: the plan cannot
+    # differ from what is run.
     states = {s.name: StageState(s, Status.WAITING) for s in recipe.stages}
     rounds: list[list[str]] = []
     submitted = itertools.count(1)

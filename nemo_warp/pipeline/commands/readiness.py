@@ -68,6 +68,7 @@ def _locks_between_nodes(scratch: Path, recipe: Recipe) -> Check:
     cluster = recipe.cluster
     words = ["srun", f"--account={cluster['account']}", f"--partition={cluster['partition']}"]
     words += ["--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--gres=none", "--mpi=none"]
+    # --immediate: a doctor must not wait for days in a queue.
     words += ["--time=5", f"--immediate={_NODES_WITHIN_S}", "--job-name=warp-doctor", "--quiet"]
     words += [f"--chdir={checkout()}", *cluster["sbatch"], cluster["python"]]
     words += ["-m", "nemo_warp.pipeline.disk.flock_probe", str(scratch)]
@@ -113,6 +114,7 @@ def _submissions(recipe: Recipe) -> Iterator[Check]:
 
 
 def _tried(kind: str, words: Sequence[str]) -> Check:
+    # --begin is left out: Slurm would test whether the job could start in an hour.
     line = [words[0], "--test-only", *(w for w in words[1:] if not w.startswith("--begin="))]
     advice = "change resources, cluster or cluster_overrides of the recipe"
     return _asked(f"sbatch {kind}", line, advice)
@@ -123,6 +125,7 @@ def _asked(name: str, words: list[str], advice: str) -> Check:
         said = slurm.ask(words, _PATIENCE_S, with_errors=True).split("\n")[0]
     except slurm.SlurmError as error:
         return Check(name, Status.MISSING, str(error).rpartition("error: ")[2], advice=advice)
+    # scontrol ping succeeds as long as it can print who is down.
     if name == "controller" and "DOWN" in said:
         return Check(name, Status.MISSING, said, advice=advice)
     return Check(name, Status.OK, said.removeprefix("sbatch: "))

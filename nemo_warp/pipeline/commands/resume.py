@@ -37,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Forgive, then run; returns an exit code."""
     recipe = existing(args)
+    # Before anything is forgiven: a recipe that would be refused must not lose its record of
+    # failures.
     check_before_start(recipe)
     look = look_at(recipe)
     by_slurm = recipe.values["launcher"]["kind"] == "slurm"

@@ -169,8 +169,10 @@ class Live:
     def _redraw(self, states: Mapping[str, StageState]) -> None:
         self._drawn_at = time.monotonic()
         size = size_of(self._stream)
+        # Home, and clear only after a resize: clearing every time would flicker.
         begin = "\x1b[H" if size == self._size else "\x1b[2J\x1b[H"
         self._size = size
+        # Each line clears what was longer before it; the last code clears what was below.
         lines = "\n".join(f"{line}\x1b[K" for line in self._screen(states, *size))
         print(f"{begin}{lines}\x1b[J", end="", file=self._stream, flush=True)
 

@@ -2,8 +2,7 @@
 
 A path is looked for below the folder that holds ``recipes/`` (where the recipe is in one), beside
 the recipe, beside the recipes that it builds on, and last below the current directory. A path that
-does not exist yet, such as a new run directory, is made below the first of
-these. For a recipe that
+does not exist yet, such as a new run directory, is made below the first of these. For a recipe that
 lies inside an installed wheel the current directory comes first. Paths given on the command line
 are relative to the current directory, as in any shell.
 """
