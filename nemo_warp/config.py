@@ -326,6 +326,7 @@ def _apply_arguments(
         key, equals, text = argument.partition("=")
         if not equals or not key.strip():
             raise ValueError(f"'{argument}' is not an override; write key=value, e.g. a.b=3")
+        # a[0].b and a.0.b: OmegaConf and shells know both.
         parts = key.strip().replace("[", ".").replace("]", "").split(".")
         if schema is None:
             value = _given(argument, text)
@@ -369,6 +370,7 @@ def _given(argument: str, text: str) -> Any:
     """
     try:
         value = yaml_text.load(text)
+        # YAML takes " #" for a comment: name="run #3" would lose its number without a word.
         comment = re.search(r"\s#", text)
         if comment and yaml_text.load(text[: comment.start()]) == value:
             raise ValueError(f"'{argument}' holds ' #', where a comment begins; put it in quotes")

@@ -60,6 +60,7 @@ class Completion:
 
 def canonical_json(value: Any) -> str:
     """JSON with sorted keys and no spaces: equal values give equal text."""
+    # allow_nan=False: NaN is no JSON, and NaN != NaN would make a hash that equals nothing.
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
@@ -74,6 +75,7 @@ def hash_file(path: Path) -> FileHash:
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     for file in files:
         if file is not path:
+            # Names as well: two files that changed places are another directory.
             digest.update(f"{file.relative_to(path).as_posix()}\0".encode())
         with file.open("rb") as stream:
             while block := stream.read(_HASH_BLOCK_BYTES):
@@ -110,11 +112,15 @@ def fsync_directory(path: Path) -> None:
 
 def write_bytes_atomically(path: Path, data: bytes) -> None:
     """Write ``path`` so that a crash leaves the old content or the new, never a part."""
+    # In the same folder, since a rename is atomic within one file system only; with the process id,
+    # since two processes may write one record.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as stream:
             stream.write(data)
             stream.flush()
+            # Before the rename: some file systems order them the other way, and leave an empty file
+            # under the final name after a power cut.
             os.fsync(stream.fileno())
         temporary.replace(path)
     except OSError as error:  # a full disk is noticed by a descriptor, which has no name

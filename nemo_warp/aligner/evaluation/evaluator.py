@@ -75,6 +75,8 @@ class Evaluator:
         with self.model.inference():
             rollouts = generate(
                 self.model,
+                # Generation by generation: the first ones are those that a single generation would
+                # have been.
                 self.prompts * self.config.generations,
                 self.rewards,
                 self.config.micro_batch_size,
@@ -134,6 +136,7 @@ class Evaluator:
         for name, weights in references.items():
             with weights.gathered() as gathered:
                 found |= self._divergence(name, tokens, mask, log_probs, gathered)
+        # A static anchor is SFT: one pass serves both numbers.
         if anchor is self.sft:
             found["kl_to_anchor"] = found["kl_to_sft"]
         return found, _token_mean(-log_probs, mask)
@@ -159,6 +162,7 @@ class Evaluator:
         Responses to one prompt are no independent observations. NaN rows are left out; 0 for a
         single prompt.
         """
+        # float64: rewards near 1 with an error of 1e-3 are differences of equal digits.
         means = rows.double().view(self.config.generations, -1).nanmean(0)
         means = means[~means.isnan()]
         return (means.std() / len(means) ** 0.5).item() if len(means) > 1 else 0.0

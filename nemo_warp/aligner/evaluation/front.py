@@ -62,6 +62,7 @@ class _Front:
         judges = [judge.name for judge in config.judges]
         known = [Path(config.pick.known)] if config.pick.known else []
         self.points: dict[tuple[str, float], dict[str, Any]] = {}
+        # This stage's own last: what it measured itself wins over the front's.
         for path in (*known, self.path):
             self.points |= measured_points(path, judges)
         self._rewards: RewardSource | None = None

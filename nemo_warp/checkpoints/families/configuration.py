@@ -134,11 +134,14 @@ def nemo_keys(hf: dict[str, Any], where: str, ignored: Iterable[str] = ()) -> di
     _fill_defaults(found, family, where)
     found |= _activation(hf, family, where) | _rope(hf, where)
     found["encoder_seq_length"] = _length(hf, where)
+    # NeMo asks for both; with rotary positions only the first limits anything.
     found["max_position_embeddings"] = found["encoder_seq_length"]
     found |= {"normalization": "rmsnorm", "bias": False, "qkv_bias": family.qkv_bias}
     found |= {"layernorm_zero_centered_gamma": family.gemma, "position_embedding_type": "rope"}
     found |= {"apply_embedding_scaling": family.gemma, "rotary_percentage": 1.0}
     if family.double_norms:
+        # Transformer Engine's form: tokens to the left and to the right. Gemma 2's own layers
+        # alternate it; up to this length all of them see everything.
         window = [found["encoder_seq_length"], 0]
         found["name"] = "megatron_gemma2"
         found["mcore_customization_config"] = {k: hf.get(k) for k in sorted(gemma2)} | {
@@ -149,6 +152,7 @@ def nemo_keys(hf: dict[str, Any], where: str, ignored: Iterable[str] = ()) -> di
 
 def _fill_defaults(found: dict[str, Any], family: Family, where: str) -> None:
     """What transformers takes where ``config.json`` is silent."""
+    # The first six are sizes that have no default.
     for theirs, ours in list(_RENAMED.items())[:6]:
         if type(found.get(ours)) is not int or found[ours] < 1:
             raise ValueError(f"{where}: {theirs} must be a positive integer, is {found.get(ours)}")
@@ -180,6 +184,7 @@ def _rope(hf: dict[str, Any], where: str) -> dict[str, Any]:
     """Rotary base and scaling, also as transformers 5 writes them (``rope_parameters``)."""
     scaling = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
     base = scaling.pop("rope_theta", None) or hf.get("rope_theta", 10000.0)
+    # Older files say "type", newer "rope_type", some both.
     kinds = {scaling.pop(key, None) for key in ("rope_type", "type")} - {None}
     kind = kinds.pop() if len(kinds) == 1 else "default" if not kinds else str(sorted(kinds))
     found: dict[str, Any] = {"rotary_base": base}

@@ -62,6 +62,7 @@ def export_hf(
     if checkpoint.format == "safetensors":
         raise ValueError(f"{source} is a Hugging Face folder already")
     hf, files = _origin(checkpoint, like)
+    # Every key is ignored here: what the import accepted, the user may have accepted with --ignore.
     keys = nemo_keys(hf, f"config.json of {like or source}", ignored=hf)
     _check_same_model(checkpoint, keys, hf)
     joined, tensors = taken_apart(megatron_tensors(keys)), checkpoint.tensors
@@ -119,6 +120,7 @@ def _write_weights(
     tensors = checkpoint.tensors
     shards: list[list[Joined]] = [[]]
     for one in joined:
+        # A shard has one tensor at least, however large.
         if shards[-1] and sum(nbytes(o, tensors) for o in (*shards[-1], one)) > limit:
             shards.append([])
         shards[-1].append(one)

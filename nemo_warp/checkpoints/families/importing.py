@@ -27,6 +27,8 @@ ORIGIN = "hugging_face"
 _TARGET = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel"
 _DEFAULTS = {
     **{"target": _TARGET, "nemo_version": "2.2.1", "mcore_gpt": True, "precision": "bf16-mixed"},
+    # 1: rows are exactly the folder's, at any TP that divides them; NeMo would pad to 128 times TP,
+    # and those rows would have to be made up.
     **{"micro_batch_size": 1, "global_batch_size": 1, "make_vocab_size_divisible_by": 1},
     **{"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1},
     **{"virtual_pipeline_model_parallel_size": None, "hidden_dropout": 0.0},
@@ -86,6 +88,7 @@ def import_hf(
                     portion = torch.from_numpy(data.reshape(-1)).view(dtype)
                     writer.add(one.name, one.shape, first, portion.view(-1, *one.shape[1:]))
                     progress(data.nbytes)
+        # Before the file gets its name: a damaged shard must not become a policy.
         rows.check()
         tar.close()
     return config

@@ -81,6 +81,8 @@ class DistributedWriter:
             offsets, whole, rows = (index, *offsets), (self._num_layers, *shape), rows[None]
         begin = self._stream.tell() - self._begin
         saved = io.BytesIO()
+        # A complete torch.save file for each item: what Megatron-core's reader expects at each
+        # range (torch/distributed/checkpoint/filesystem.py, _write_item).
         torch.save(rows, saved)
         self._stream.write(saved.getbuffer())
         self._shapes[key] = (torch.Size(whole), rows.dtype)
@@ -110,6 +112,7 @@ def distributed_checkpoint(tar: TarWriter, num_layers: int) -> Iterator[Distribu
         writer = DistributedWriter(stream, num_layers)
         yield writer
     common = io.BytesIO()
+    # NeMo reads it and finds no training state, as in a .nemo that it writes itself.
     torch.save({}, common)
     tar.add("model_weights/common.pt", common.getvalue())
     tar.add("model_weights/.metadata", writer.metadata())

@@ -27,6 +27,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
             os.fsync(stream.fileno())
         partial.rename(path)
     finally:
+        # After a success there is nothing of this name.
         partial.unlink(missing_ok=True)
 
 

@@ -50,6 +50,8 @@ class Rows:
             for first in range(run.first, run.first + run.rows, step):
                 last = min(first + step, run.first + run.rows)
                 waiting.append(self._read(run.name, Slab(first, last)))
+                # Runs may be a few rows each (one key head of a group): they are put together, so
+                # that a tensor is not stored as thousands of shards.
                 if sum(len(piece) for piece in waiting) >= step:
                     yield row, _joined(waiting)
                     row, waiting = row + sum(len(piece) for piece in waiting), []
@@ -92,6 +94,8 @@ def check_complete(
     needed: dict[str, tuple[int, tuple[int, ...]]] = {}
     for one in joined:
         for run in one.runs:
+            # All rows of a tensor have to be used, and once: a table with a hole would lose
+            # weights.
             rows = needed.get(run.name, (0, ()))[0] + run.rows
             needed[run.name] = (rows, one.shape[1:])
     for name, (rows, cols) in needed.items():

@@ -37,6 +37,7 @@ def tokenizer_section(archive: Archive, vocabulary: int) -> tuple[dict[str, Any]
     if not found:
         raise ValueError(f"{archive.path} holds no tokenizer ({PIECES} or {FAST})")
     _check_size(archive, found, vocabulary)
+    # NeMo's names have 32 random hex digits there; a hash gives equal imports equal bytes.
     artifacts = {f"{hashlib.sha256(data).hexdigest()[:32]}_{n}": data for n, data in found.items()}
     names = {name.partition("_")[2]: f"nemo:{name}" for name in artifacts}
     section = {"type": None, "vocab_file": None, "merge_file": None, "sentencepiece_legacy": False}
@@ -146,6 +147,7 @@ def _tokens(fast: bytes) -> int:
     """Largest token number in a tokenizer.json, plus one."""
     table = json.loads(fast)
     vocabulary = table["model"]["vocab"]
+    # Unigram models have a list of pieces, BPE a table.
     last = len(vocabulary) - 1 if isinstance(vocabulary, list) else max(vocabulary.values())
     return 1 + max([last, *(token["id"] for token in table.get("added_tokens") or [])])
 

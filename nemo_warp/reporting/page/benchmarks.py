@@ -60,6 +60,8 @@ def read_benchmarks(run: Path, curves: Sequence[Curve]) -> list[Benchmark]:
     found = []
     for task, metric in names:
         columns = [points[kappa].get(task, {}) for kappa in kappas]
+        # lm-eval's "acc,none" is "acc" here, "exact_match,strict" is "exact_match.strict"; errors
+        # carry their mark before the filter's name.
         head, dot, tail = metric.partition(".")
         error = f"{head}{_ERROR}{dot}{tail}"
         values = [float(c.get(metric, math.nan)) for c in columns]
@@ -73,6 +75,7 @@ def _kls(kappas: Sequence[float], curves: Sequence[Curve]) -> list[float]:
     if not front:
         return [math.nan] * len(kappas)
     known, kls = front[0].column("eta"), front[0].column("kl_to_sft")
+    # NaN outside: what lies beyond the measured front is not made up.
     return np.interp(kappas, known, kls, math.nan, math.nan).tolist()
 
 

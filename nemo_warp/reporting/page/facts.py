@@ -45,6 +45,7 @@ def angles(run: Path) -> dict[int, dict[str, float]]:
     """Iteration -> group of tensors -> mean angle between pairs of task vectors (degrees)."""
     found = {}
     for path in sorted(run.glob("iteration_*/merge/report/report.json")):
+        # JSON is stored with sorted keys: layer 10 would come before layer 2.
         units = dict(sorted(_json(path).get("units", {}).items(), key=_depth))
         by_unit = {
             name: [a for pair in unit.get("pairs", []) if (a := pair["task_vectors"]["angle"])]
@@ -134,6 +135,7 @@ def sample_texts(curves: Sequence[Curve]) -> tuple[list[str], list[list[str]]] |
         return None
     points = fronts[-1].points
     step = max(1, math.ceil(len(points) / _MAX_COLUMNS))
+    # The last point always: it is the far end of the front.
     points = [*points[:-1:step][: _MAX_COLUMNS - 1], points[-1]]
     header = [
         "prompt",
@@ -172,6 +174,7 @@ def hours(run: Path) -> tuple[list[str], list[list[str]]]:
     for kind, seconds, code in _attempts(run):
         total[kind] += seconds / 3600
         count[kind] += 1
+        # 85 is a stop that saved: its hours were not lost.
         if code not in (0, 85):
             lost[kind] += seconds / 3600
     rows = [[kind, str(count[kind]), f"{total[kind]:.2f}", f"{lost[kind]:.2f}"] for kind in total]

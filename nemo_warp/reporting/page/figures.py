@@ -216,6 +216,7 @@ def _trace(curve: Curve, x: list[float], y: list[float], legend: bool) -> go.Sca
 
 def _panels(titles: Sequence[str]) -> go.Figure:
     rows = max(1, math.ceil(len(titles) / 2))
+    # Spacing in shares of the figure's height, which grows with the rows.
     figure = make_subplots(rows=rows, cols=2, subplot_titles=titles, vertical_spacing=0.34 / rows)
     figure.update_layout(**_layout(340 * rows + 80))
     return figure

@@ -73,6 +73,7 @@ def measure(responses: Responses) -> Measures:
     generations = list(zip(*responses.texts, strict=True))
     values = {
         "characters": float(responses.number("characters").mean()),
+        # One generation: several responses to one prompt share words for other reasons.
         "distinct_1": distinct(generations[0][:SAME_NUMBER], 1),
         "distinct_2": distinct(generations[0][:SAME_NUMBER], 2),
         "self_bleu": math.nan,
@@ -90,11 +91,13 @@ def _best_of(responses: Responses) -> list[BestOf]:
     ratios = responses.numbers.get("log_ratio")
     if rewards is None or ratios is None:
         return []
+    # A prompt with a failed score has fewer generations, so another best of N.
     whole = ~(np.isnan(rewards) | np.isnan(ratios)).any(1)
     rewards, ratios = rewards[whole], ratios[whole]
     if not len(rewards):
         return []
     binary = bool(np.isin(rewards, (0, 1)).all())
+    # Powers of two up to the number of generations.
     sizes = [2**i for i in range(rewards.shape[1].bit_length())]
     return [
         BestOf(

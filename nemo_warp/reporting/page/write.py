@@ -56,6 +56,8 @@ def write_page(
     Raises:
         RecordError: a record on disk is malformed.
     """
+    # An optional package: tables and pictures need no plotly, and a report stage must not fail of
+    # it.
     if importlib.util.find_spec("plotly") is None:
         print(f"{path} is left out: plotly is not installed (pip install plotly)")
         return False
