@@ -31,6 +31,11 @@ def judge_columns(curves: Sequence[Curve]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def shown_points(curve: Curve) -> list[dict]:
+    """The points that a table for people has: the last one of a member or its anchor."""
+    return curve.points[-1:] if curve.position == "step" else curve.points
+
+
 def csv_table(curves: Sequence[Curve]) -> str:
     """Every measurement, one a row, in full precision; what was not measured is empty."""
     text = io.StringIO()
@@ -49,11 +54,13 @@ def csv_table(curves: Sequence[Curve]) -> str:
 
 def markdown_table(curves: Sequence[Curve]) -> str:
     """Two tables: the fronts and the last point of each trajectory; rewards at equal KL."""
+    judges = judge_columns(curves)
     header = "curve | point | reward | KL to SFT (nats) | length (tokens) | ended | prompts"
-    lines = ["## Measurements", "", *_header(header)]
+    lines = ["## Measurements", "", *_header(" | ".join([header, *judges]))]
     for curve in curves:
-        shown = curve.points[-1:] if curve.kind == "trajectory" else curve.points
-        lines += [_row([curve.name, *_cells(point, curve.position)]) for point in shown]
+        for point in shown_points(curve):
+            judged = [_number(point.get("judges") or {}, name, ".3f") for name in judges]
+            lines.append(_row([curve.name, *_cells(point, curve.position), *judged]))
     return "\n".join([*lines, "", *_equal_kl_lines(curves)]) + "\n"
 
 

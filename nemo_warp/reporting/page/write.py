@@ -18,7 +18,7 @@ from nemo_warp.reporting.page import facts
 from nemo_warp.reporting.page.benchmarks import read_benchmarks, rows_of
 from nemo_warp.reporting.page.measures import TITLES, Measures
 from nemo_warp.reporting.run import Curve
-from nemo_warp.reporting.table import COLUMNS, judge_columns
+from nemo_warp.reporting.table import COLUMNS, judge_columns, shown_points
 
 PAGE = "index.html"
 
@@ -135,8 +135,7 @@ def _measurements(curves: Sequence[Curve]) -> tuple[Sequence[str], list[list[str
     judges = judge_columns(curves)
     rows = []
     for curve in curves:
-        shown = curve.points[-1:] if curve.kind == "trajectory" else curve.points
-        for point in shown:
+        for point in shown_points(curve):
             values = [point.get(name) for name in COLUMNS[2:]]
             values += [(point.get("judges") or {}).get(name) for name in judges]
             place = f"{curve.position} {point[curve.position]:g}"
