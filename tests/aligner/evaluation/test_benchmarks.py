@@ -212,7 +212,7 @@ def test_benchmarks_along_a_front(materials, tasks, tmp_path, capfd):
         "evaluation": {"num_prompts": 8},
         "benchmarks": {"tasks": ["verses", "choices"], "include": str(tasks), "limit": 6},
         "trainer": {"devices": 1, "accelerator": "auto", "precision": "32"},
-        "model": {"megatron_amp_O2": False},
+        "model": {"tensor_model_parallel_size": 1, "megatron_amp_O2": False},
     }
     path = tmp_path / "config.yaml"
     path.write_text(json.dumps(config))
