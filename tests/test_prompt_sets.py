@@ -47,6 +47,11 @@ def test_chat_template_split_filters_and_fields(gemma, tmp_path, capsys):
     told = capsys.readouterr().out
     assert "15 rows: 1 duplicates, 1 too long, 1 empty left out" in told
     assert told.count("<bos> | <start_of_turn> | ") == 3
+    # the conversation is kept on request, for reward models with a template of their own
+    assert main([*words, "--force", "--messages"]) == 0
+    line = _lines(tmp_path / "out_train.jsonl")[0]
+    assert line["messages"][-1]["content"] in line["prompt"] and line["answer"]
+    assert [message["role"] for message in line["messages"]][-1] == "user"
     # a second time nothing is overwritten; in another order the same ones are held out
     assert main(words) == 2
     _write(data, rows[::-1])

@@ -56,6 +56,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--rename", nargs="*", default=[], metavar="OLD=NEW", help="columns that become fields"
     )
     parser.add_argument("--answer-after", metavar="MARK", help="keep of answers what follows it")
+    parser.add_argument(
+        "--messages",
+        action="store_true",
+        help="keep the conversation, for rewards that have a chat template of their own",
+    )
     parser.add_argument("--force", action="store_true", help="overwrite the files")
     return parser
 
@@ -90,6 +95,7 @@ def run(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         rename=_renamed(arguments.rename),
         answer_after=arguments.answer_after,
+        messages=arguments.messages,
     )
     sources = [(str(path), read_rows(path)) for path in arguments.data]
     template = Template(arguments.model, arguments.plain)

@@ -24,6 +24,8 @@ class Wishes:
         seed: which ones they are.
         rename: column -> the field it becomes.
         answer_after: an answer is what follows the last of these marks.
+        messages: keep the conversation as the field ``messages``, for rewards that make their own
+            text of it.
     """
 
     column: str | None = None
@@ -33,6 +35,7 @@ class Wishes:
     seed: int = 0
     rename: dict[str, str] = field(default_factory=dict)
     answer_after: str | None = None
+    messages: bool = False
 
 
 @dataclass
@@ -100,7 +103,8 @@ def _line(
     if not messages:
         found.empty += 1
         return None
-    text = template.text(_with_system(messages, wishes.system), where)
+    messages = _with_system(messages, wishes.system)
+    text = template.text(messages, where)
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -116,6 +120,8 @@ def _line(
     fields.pop("prompt", None)
     if wishes.answer_after is not None:
         fields["answer"] = _after_mark(fields.get("answer"), wishes.answer_after, where)
+    if wishes.messages:
+        fields["messages"] = messages
     return {"prompt": text, **_json_only(fields, found.dropped_columns)}
 
 

@@ -251,9 +251,9 @@ def reason_of(error: BaseException) -> str:
 
 
 def _checked(value: Any) -> Outcome:
-    """The value in float32, or why it cannot be a reward; an exception among scores is a reason."""
+    """The value in float32, or why it cannot be a reward; an exception among scores says why."""
     if isinstance(value, BaseException):
-        return math.nan, reason_of(value)
+        return math.nan, str(value) or type(value).__name__
     # Rewards travel as float32 (NeMo-Aligner's protocol): 1e39 becomes infinite, and so a failure.
     with np.errstate(over="ignore"):
         number = float(np.float32(float(value)))

@@ -11,7 +11,6 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +34,7 @@ _DROPPED: Outcome = (math.nan, "nobody waited for it any more")
 _STOPPING: Outcome = (math.nan, "the reward server is stopping")
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Sample:
     """A text to score.
 
@@ -44,7 +43,7 @@ class Sample:
         asked: when it was first asked for (s, monotonic).
         wanted_until: when it is dropped if the callable has not begun it.
         began: when the callable began it.
-        outcome: what came of it.
+        outcome: what came of it; None until then.
     """
 
     prompt: str
@@ -53,7 +52,7 @@ class Sample:
     asked: float = field(default_factory=time.monotonic)
     wanted_until: float = math.inf
     began: float | None = None
-    outcome: Future[Outcome] = field(default_factory=Future)
+    outcome: Outcome | None = None
 
     def begin(self) -> bool:
         """Whether to score it now; one that no client asks for any more is dropped here."""
@@ -61,7 +60,7 @@ class Sample:
         # Asked when it would begin, not when it was handed in: a client that gave up (its time-out,
         # a requeue) leaves nothing that costs GPU time or money.
         if now > self.wanted_until:
-            self.outcome.set_result(_DROPPED)
+            self.outcome = _DROPPED
             return False
         self.began = now
         return True
@@ -69,7 +68,7 @@ class Sample:
     @property
     def dropped(self) -> bool:
         """No client asked for it in time; if one asks again, it is scored anew."""
-        return self.outcome.done() and self.outcome.result() is _DROPPED
+        return self.outcome is _DROPPED
 
 
 class Scoring:
@@ -88,6 +87,7 @@ class Scoring:
             raise ValueError("a callable that takes lists cannot be a coroutine function")
         self.taken = FieldsTaken.by(score)
         self.last_done = time.monotonic()
+        self.changed = threading.Condition()  # told when something is finished
         self._score = score
         self._together = together
         self._workers: Workers | AsyncWorkers
@@ -110,6 +110,7 @@ class Scoring:
             if sample.begin():
                 texts = sample.prompt, sample.response
                 self._settle(sample, score_one(self._score, self.taken, *texts, sample.fields))
+        self._tell()
 
     async def _one_async(self, samples: list[Sample]) -> None:
         for sample in samples:
@@ -117,6 +118,7 @@ class Scoring:
                 texts = sample.prompt, sample.response
                 outcome = await score_one_async(self._score, self.taken, *texts, sample.fields)
                 self._settle(sample, outcome)
+        self._tell()
 
     def _list(self, samples: list[Sample]) -> None:
         wanted = [sample for sample in samples if sample.begin()]
@@ -125,10 +127,29 @@ class Scoring:
         outcomes = outcomes_together(self._score, self.taken, *texts, fields)
         for sample, outcome in zip(wanted, outcomes, strict=True):
             self._settle(sample, outcome)
+        self._tell()
 
     def _settle(self, sample: Sample, outcome: Outcome) -> None:
         self.last_done = time.monotonic()
-        sample.outcome.set_result(outcome)
+        sample.outcome = outcome
+
+    def _tell(self) -> None:
+        """After a list of samples, not after each: 4096 fast ones a second are many."""
+        with self.changed:
+            self.changed.notify_all()
+
+    def wait(self, samples: Sequence[Sample], seconds: float) -> bool:
+        """Until all have an outcome; whether they have."""
+        end = time.monotonic() + seconds
+        finished = 0
+        with self.changed:
+            while True:
+                while finished < len(samples) and samples[finished].outcome is not None:
+                    finished += 1
+                left = end - time.monotonic()
+                if finished == len(samples) or left <= 0:
+                    return finished == len(samples)
+                self.changed.wait(left)
 
 
 State = tuple[Outcome, float]
@@ -155,13 +176,12 @@ class Desk:
     def score(self, samples: Sequence[Sample]) -> list[Outcome]:
         """Wait until all are scored: for clients that ask once."""
         self.scoring.submit(samples)
-        outcomes = [sample.outcome for sample in samples]
-        while wait(outcomes, _TURN_S).not_done and not self._stopping.is_set():
+        while not self.scoring.wait(samples, _TURN_S) and not self._stopping.is_set():
             pass
         for sample in samples:
             # What has not begun by now is dropped by whichever worker comes to it.
             sample.wanted_until = -math.inf
-        return [outcome.result() if outcome.done() else _STOPPING for outcome in outcomes]
+        return [_STOPPING if s.outcome is None else s.outcome for s in samples]
 
     def ask(self, keys: Sequence[int], samples: Sequence[Sample]) -> list[State]:
         """What is known of the samples by now; new ones (by key) are lined up first."""
@@ -178,7 +198,7 @@ class Desk:
         self.scoring.submit(fresh)
         asked = [self._open[key] for key in keys]
         # For a moment, since most callables answer at once; the rest is asked for again.
-        wait([sample.outcome for sample in asked], _FIRST_TURN_S if fresh else _TURN_S)
+        self.scoring.wait(asked, _FIRST_TURN_S if fresh else _TURN_S)
         states = [self._state(sample) for sample in asked]
         for key, (_, seconds) in zip(keys, states, strict=True):
             if seconds < 0:
@@ -188,8 +208,9 @@ class Desk:
         return states
 
     def _state(self, sample: Sample) -> State:
-        if sample.outcome.done() and not sample.dropped:
-            return sample.outcome.result(), -1.0
+        outcome = sample.outcome
+        if outcome is not None and outcome is not _DROPPED:
+            return outcome, -1.0
         # One that waits in line is not stalled as long as the callable finishes others.
         since = sample.began or max(sample.asked, self.scoring.last_done)
         return (math.nan, ""), time.monotonic() - since

@@ -64,7 +64,11 @@ def _samples(
 ) -> list[Sample]:
     texts = [text.decode() for text in sentences[:, 0]]
     cuts = [0] * len(texts) if prompt_lengths is None else prompt_lengths[:, 0].tolist()
-    more = [{}] * len(texts) if fields is None else [json.loads(one) for one in fields[:, 0]]
+    more = (
+        [{}] * len(texts)
+        if fields is None
+        else [json.loads(one) if one != b"{}" else {} for one in fields[:, 0]]
+    )
     return [
         # Characters, not bytes: the cut lies between two characters in any script. NeMo-Aligner's
         # own client sends no cut: the whole text is then the response.

@@ -90,9 +90,12 @@ def infer(endpoint: Endpoint, samples: Sequence[Sample], timeout_s: float) -> Re
         "fields": ("BYTES", [_taken(s.fields, endpoint.takes) for s in samples]),
         "keys": ("INT64", [s.key for s in samples]),
     }
-    inputs = []
     # Servers of earlier versions refuse inputs that they do not know.
-    for name in columns.keys() & {"sentences", "prompt_lengths", *endpoint.inputs}:
+    known = {"sentences", "prompt_lengths", *endpoint.inputs}
+    if all(text == b"{}" for text in columns["fields"][1]):
+        known.discard("fields")  # each tensor costs the server time
+    inputs = []
+    for name in columns.keys() & known:
         kind, values = columns[name]
         tensor = InferInput(name, [len(values), 1], kind)
         dtype = np.object_ if kind == "BYTES" else np.int64
@@ -106,7 +109,8 @@ def problem_of(sample: Sample) -> str:
     """Why a sample cannot be sent; "" if it can."""
     try:
         (sample.prompt + sample.response).encode()
-        json.dumps(sample.fields)
+        if sample.fields:
+            json.dumps(sample.fields)
     except UnicodeError as error:
         return f"not a text: {error}"
     except (TypeError, ValueError, RecursionError) as error:
@@ -115,6 +119,8 @@ def problem_of(sample: Sample) -> str:
 
 
 def _taken(fields: Mapping[str, Any], names: Sequence[str] | None) -> bytes:
+    if not fields or names == ():
+        return b"{}"
     kept = fields if names is None else {n: fields[n] for n in names if n in fields}
     return json.dumps(kept).encode()
 

@@ -1,5 +1,6 @@
 """Rewards that people bring: mathematics, programs, a language model's rating."""
 
+import json
 import math
 import sys
 import threading
@@ -7,10 +8,13 @@ import time
 
 import pytest
 from chat_server import chat_server, said
+from reward_servers import running
 
 from nemo_warp.rewards.callables import fingerprint, load_callable, score_samples
+from nemo_warp.rewards.client import RewardClient
 from nemo_warp.rewards.library.programs import PassesTests, program_of
 from nemo_warp.rewards.scoring import Desk, Sample, Scoring
+from nemo_warp.rewards.settings import RewardClientSettings
 
 LIBRARY = "nemo_warp.rewards.library"
 GOOD = "Sure:\n```python\ndef f(x):\n    return 2 * x\n```\nThat is all."
@@ -212,3 +216,27 @@ def test_where_a_judge_is_does_not_decide_what_it_says(monkeypatch):
     name = f"{LIBRARY}.judge:Rating"
     assert fingerprint(name, options) == fingerprint(name, elsewhere)
     assert fingerprint(name, options) != fingerprint(name, {**options, "model": "n"})
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_judge_is_served_many_questions_at_a_time(pytriton, tmp_path, monkeypatch):
+    """PyTriton, an event loop, fields in the template, and the client's patience together."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+    def answer(body, number):
+        time.sleep(0.3)
+        asked, _, told = body["messages"][-1]["content"].partition("|")
+        return said(f"Rating: {len(asked) + int(told)}")
+
+    with chat_server(answer) as server:
+        options = {"model": "m", "url": server.url, "template": "{response}|{level}"}
+        words = ["--options", json.dumps(options), "--concurrency", "16"]
+        with running(tmp_path, f"{LIBRARY}.judge:Rating", *words) as served:
+            client = RewardClient(served.endpoint_file, RewardClientSettings(request_timeout_s=10))
+            client.connect()
+            responses, fields = ["abc", "abcd"] * 16, [{"level": n % 4} for n in range(32)]
+            scores = client.score(["p"] * 32, responses, fields)
+            client.close()
+        expected = [len(r) + f["level"] for r, f in zip(responses, fields, strict=True)]
+        assert scores.scores.tolist() == expected
+        assert 2 <= server.most_at_a_time <= 16
