@@ -44,7 +44,7 @@ from nemo_warp.rewards.errors import RewardError
 log = logging.getLogger("nemo_warp.rewards")
 
 # Samples; PyTriton's default of 4 would refuse larger requests. Its batcher waits 2 ms for requests
-# of other ranks to be put beside this one. The port and the socket limit: see below.
+# of other ranks to be put beside this one.
 _MAX_BATCH = 1 << 20
 _QUEUE_DELAY_US = 2000
 _PORT_ATTEMPTS = 3
@@ -133,7 +133,7 @@ def serve(
             takes=serving.takes,
         )
         serving.endpoint_file.parent.mkdir(parents=True, exist_ok=True)
-        # Last of all: whoever sees the file may ask at once.
+        # Last: clients that see the file send requests at once.
         endpoint.write(serving.endpoint_file)
         log.info("ready at %s:%d as %s", host, port, endpoint.model_name)
         try:

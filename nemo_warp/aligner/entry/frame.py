@@ -34,7 +34,7 @@ def run_once(
     try:
         # Everything that can be refused is refused here, before NeMo's import (12 s on every rank).
         config, directory, texts = check()
-        # Before the lock: asking again for a finished result must not wait for anybody.
+        # Before the lock: asking again for a finished result needs no lock.
         if already_complete(directory, config):
             return exit_codes.DONE
         lock = lock_directory(directory, config)
@@ -43,7 +43,7 @@ def run_once(
     from nemo_warp.aligner.compat import activate
 
     activate()
-    # Nobody waits for a lock: a second run of one directory is a mistake, and says so at once.
+    # A second run of one directory is refused at once: it does not wait for the lock.
     with lock:
         try:
             return work(config, texts)
@@ -57,8 +57,8 @@ def run_once(
 
 def is_first_rank() -> bool:
     """Whether this process is rank 0 of its job (or its only process)."""
-    # torchrun sets RANK, srun SLURM_PROCID. Neither is read where torch is not imported yet
-    # otherwise.
+    # torchrun sets RANK, srun SLURM_PROCID. torch.distributed, which would know the rank, is not
+    # initialised yet.
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
 
 

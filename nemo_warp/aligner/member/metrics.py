@@ -56,8 +56,8 @@ class MetricsLog:
         if kind == "eval":
             record["alarms"] = self._alarms(record)
         file = TIMINGS_FILE if kind == "timing" else METRICS_FILE
-        # One write per line, and closed again: whoever reads while the member trains sees whole
-        # lines but for the last.
+        # One write per line, and closed again: a reader sees whole lines, except perhaps the last,
+        # while the member trains.
         with (self._directory / file).open("a") as stream:
             stream.write(canonical_json(record) + "\n")
         # TensorBoard and W&B take scalars; tables and texts stay in the record.

@@ -184,7 +184,7 @@ def finish(config: MemberConfig, texts: dict[str, list[PromptLine]], member: Mem
             code_version=code_version(),
             versions=package_versions(),
         )
-        # Last: the record is what makes the merge believe in policy.nemo.
+        # Last: the merge reads policy.nemo only if this record exists.
         write_completion(directory, record)
     torch.distributed.barrier()
 
@@ -230,7 +230,8 @@ def _move_aside(damaged: dict[Path, str], intact: Path) -> None:
     for checkpoint, damage in damaged.items():
         logging.warning(f"{damage}; going on from {intact.name}")
         if torch.distributed.get_rank() == 0:
-            # Renamed and not removed: somebody may want to know what the disk did.
+            # Renamed and not removed: the damaged file may be needed to find out what happened on
+            # the disk.
             checkpoint.rename(checkpoint.with_name(f"damaged_{checkpoint.name}"))
     torch.distributed.barrier()
 

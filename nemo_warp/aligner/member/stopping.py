@@ -47,7 +47,7 @@ class StopRequest:
     def agreed(self) -> str | None:
         """Why to stop now, or None; the same on every rank. Collective."""
         # Slurm may signal one rank only, and clocks differ: ranks that decided alone would part in
-        # the next collective. MAX takes the strongest wish of any rank.
+        # the next collective. MAX: one rank that wants to stop is enough.
         codes = torch.tensor(
             [float(self._signal or 0), float(self._out_of_time())],
             device=torch.cuda.current_device(),

@@ -69,7 +69,7 @@ class RewardSource:
         if self._is_source:
             self._mixture = RewardMixture.from_config(rewards, client, run_id=run_id)
         if self._is_source and config.judges:
-            # Weight 0: a mixture's sum must not have a judge's score in it, whoever adds it up.
+            # Weight 0, so that a judge's score can never get into the sum.
             judges = [{**judge, "weight": 0.0} for judge in plain["judges"]]
             self._judges = RewardMixture.from_config(judges, client, run_id=run_id)
         self._budget = RewardClientSettings.from_config(client).failure_budget()

@@ -135,7 +135,7 @@ def generate(
         tokens=gather_rows(_pad_to_longest(outputs, actor.tokenizer.eos_id, pad_multiple)),
         prompt_lengths=gather_rows(torch.cat([o["prompt_lengths"] for o in outputs])),
         lengths=gather_rows(torch.cat([o["response_lengths"] for o in outputs])),
-        # bool travels as bytes: NCCL and gloo have no collective for it.
+        # As bytes: what collectives do with bool differs between backends and versions of torch.
         is_end=gather_rows(torch.cat([o["is_end"].byte() for o in outputs])).bool(),
         rewards=gather_rows(torch.cat([s.scores for s in scores])),
         failed=gather_rows(torch.cat([s.failed.byte() for s in scores])).bool(),

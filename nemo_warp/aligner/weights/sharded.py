@@ -111,7 +111,7 @@ class ShardedWeights:
             for part, parameter in zip(self._gather(), self._parameters, strict=True)
         )
         found = torch.tensor(float(same), device=self._device)
-        # float, because NCCL reduces no bool.
+        # A float, since what collectives do with bool differs between backends.
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MIN)
         return bool(found.item())
 

@@ -155,8 +155,8 @@ def _is_full(error: BaseException | None) -> bool:
 def publish_directory(temporary: Path, final: Path) -> None:
     """Make all files of ``temporary`` durable and give it its final name."""
     for path in temporary.rglob("*"):
-        # torch_dist files were written by other processes; fsync flushes the file, whoever wrote
-        # it.
+        # torch_dist files were written by other processes; fsync flushes what other processes
+        # wrote, too.
         if path.is_file():
             with path.open("rb") as stream:
                 os.fsync(stream.fileno())

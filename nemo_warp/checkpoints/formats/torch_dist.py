@@ -166,8 +166,7 @@ class TorchDistStore:
 
     def _new_metadata(self, moved: dict[Item, _StorageInfo], rule: DtypeRule) -> bytes:
         """``.metadata`` built afresh from what was understood of the old one."""
-        # Built afresh and not edited: nothing of a pickle that somebody else made goes into the
-        # output.
+        # Built afresh and not edited: nothing of an untrusted pickle goes into the output.
         described: dict[str, dcp.TensorStorageMetadata | dcp.BytesStorageMetadata] = {}
         for item in moved:
             if item.chunk is None:

@@ -84,8 +84,8 @@ class TorchDistIndex:
         tensor, dtype = self.zip(item).root, self.described(item.key).properties.dtype
         assert item.chunk is not None, item.key
         sizes = tuple(item.chunk.sizes)
-        # .metadata and the item are two files' words for one thing: whoever reads bytes by one of
-        # them must know that the other agrees.
+        # dtype and shape are stored twice, in .metadata and in the item: bytes are read by one of
+        # them, so the two must agree.
         is_tensor = isinstance(tensor, StoredTensor) and tensor.is_contiguous
         if not is_tensor or tensor.shape != sizes or tensor.storage.dtype != dtype:
             raise CheckpointError(

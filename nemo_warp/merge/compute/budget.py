@@ -38,7 +38,7 @@ def memory_for_groups(plan: MergePlan) -> int:
     """Bytes that this process may take for groups: ``memory_gb``, or its share of what is free."""
     if plan.options.memory_gb is not None:
         return int(plan.options.memory_gb * 1e9)
-    # Ranks of one node share its memory; a value that is no number tells nothing.
+    # Ranks of one node share its memory; a value that is no number is ignored.
     found = [os.environ[name] for name in _RANKS_HERE if os.environ.get(name, "").isdecimal()]
     return int(SHARE * free_memory() / max(1, *map(int, found), 1))
 

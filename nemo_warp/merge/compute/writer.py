@@ -103,7 +103,7 @@ class Writer:
     def _skip(self, target: LogicalTensor, row: int) -> int:
         """Elements between the beginning of a page and a row's place in the outputs."""
         width = target.dtype.itemsize
-        # All outputs have the init's layout, so the first output's offsets are everybody's.
+        # All outputs have the init's layout, so the first output's offsets are those of all.
         patch = next(p for p in target.patches if p.row <= row < p.row + p.rows)
         place = self._outputs[0].place(patch.record, patch.start_of(row, width))
         return place % ALIGNMENT // width

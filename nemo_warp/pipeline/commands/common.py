@@ -95,7 +95,7 @@ def in_words(main: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Na
             return _say(error, exit_codes.FAILED)
         except LockHeldError as error:
             message = f"another driver is at work on this run ({error} is held)"
-            # No failure: somebody else does the work.
+            # Not a failure: another driver does the work.
             return _say(message, exit_codes.IN_PROGRESS)
 
     return wrapped

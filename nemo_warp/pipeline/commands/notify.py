@@ -37,7 +37,7 @@ def notify(recipe: Recipe, code: int) -> None:
     # Before sending: a command that fails, or kills this driver, is not tried again every ten
     # minutes by cron.
     write_text_atomically(told, event)
-    # Still running: forgotten above, so that the next end is news again.
+    # Still running: the last event was cleared above, so that the next end is sent again.
     if not event:
         return
     root = str(recipe.paths.root)

@@ -51,7 +51,7 @@ def main(args: argparse.Namespace) -> int:
         )
     _refuse_more(recipe)
     # Safe to redo by itself: `_refuse_more` has made sure that only the choice and what follows
-    # change. Members are not made here, so other code is no matter.
+    # change. Members are not made here, so another version of the code is allowed.
     code = go(recipe, redo=True, other_code=True)
     if code == exit_codes.DONE:
         print(chosen(recipe))

@@ -68,7 +68,7 @@ def _locks_between_nodes(scratch: Path, recipe: Recipe) -> Check:
     cluster = recipe.cluster
     words = ["srun", f"--account={cluster['account']}", f"--partition={cluster['partition']}"]
     words += ["--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--gres=none", "--mpi=none"]
-    # --immediate: a doctor must not wait for days in a queue.
+    # --immediate: give up if two nodes are not free soon, instead of waiting in the queue.
     words += ["--time=5", f"--immediate={_NODES_WITHIN_S}", "--job-name=warp-doctor", "--quiet"]
     words += [f"--chdir={checkout()}", *cluster["sbatch"], cluster["python"]]
     words += ["-m", "nemo_warp.pipeline.disk.flock_probe", str(scratch)]

@@ -28,8 +28,8 @@ def hold(path: Path, wait_s: float = 0.0) -> Iterator[int]:
         LockHeldError: it was not free within ``wait_s`` seconds.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Group-writable: a colleague's driver may continue the run. The file stays for ever: to remove
-    # it would let two processes lock two files of one name.
+    # Group-writable: a colleague's driver may continue the run. The file is never removed:
+    # otherwise two processes could lock two files of the same name.
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o664)
     try:
         _acquire(descriptor, path, time.monotonic() + wait_s)
@@ -65,8 +65,8 @@ def _acquire(descriptor: int, path: Path, deadline: float) -> None:
         except BlockingIOError:
             if time.monotonic() >= deadline:
                 raise LockHeldError(str(path)) from None
-            # Polled: flock has no time-out, and a signal handler to interrupt it would be
-            # everybody's.
+            # Polled: flock has no time-out, and interrupting it would take a signal handler of the
+            # whole process.
             time.sleep(0.1)
 
 

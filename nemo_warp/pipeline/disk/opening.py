@@ -156,7 +156,7 @@ def _reason(
     if above:
         return f"it reads {above[0]}"
     request = request_of(recipe, stage, contents)
-    # An empty hash is one that nobody can know yet: what an unfinished stage will publish.
+    # An empty hash is not known yet: it is of what an unfinished stage will publish.
     old, known = recorded.get("inputs", {}), {n: h for n, h in request.inputs.items() if h}
     changed = sorted(name for name, hash_ in known.items() if old.get(name) != hash_)
     changed += sorted(set(old) - set(request.inputs))

@@ -255,7 +255,7 @@ def _final(recipe: Recipe, stage: Stage, contents: Contents) -> Request:
     inputs = {"sft": contents.pinned("sft"), "slerp": contents.published(merge, slerp.name)}
     if recipe.values["front"]["final_kl"] is not None:
         chosen = contents.chosen()
-        # `plan` prints the command before anybody has chosen: then it shows the word KAPPA.
+        # `plan` prints the command before kappa is chosen: then it shows the word KAPPA.
         kappa, details = chosen["kappa"] if chosen else "KAPPA", {"chosen": chosen}
     names_by_eta: dict[float | str, tuple[str, ...]] = {kappa: (final.policy.name,)}
     words = _merge_words(final, sft, [slerp], names_by_eta, (), None)

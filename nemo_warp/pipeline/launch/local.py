@@ -100,7 +100,7 @@ class LocalDriver:
                     os.kill(pid, signal.SIGTERM)
 
     def _launch(self, states: dict[str, StageState]) -> None:
-        # Also stages that a killed driver left running, which are nobody's children now.
+        # Also stages that a killed driver left running, which are not children of this process.
         busy = {n for n, s in states.items() if s.status is Status.RUNNING} | set(self._tasks)
         free = self._recipe.values["launcher"]["side_by_side"] - len(busy)
         for name in [n for n in self._startable(states) if n not in busy][: max(0, free)]:
@@ -205,6 +205,6 @@ def device_shares(launcher: Mapping[str, Any]) -> list[str]:
 
 def _supervisor(tries: list[Attempt]) -> int | None:
     """Process id of the task of a running stage, if it runs on this machine."""
-    # A process id means nothing on another machine, where it may be anybody's.
+    # A process id means nothing on another machine, where another process may have it.
     here = tries and tries[-1].exit is None and tries[-1].record.get("host") == socket.gethostname()
     return tries[-1].record.get("pid") if here else None

@@ -129,7 +129,7 @@ def submit_round(
     # A rehearsal with ids of no meaning: is there anything to submit, or in the queue?
     if not submit_missing(recipe, states, dict(jobs), lambda _words: "0"):
         return jobs, None
-    # Before the stages: if this process dies half-way, somebody has to look again. It begins in an
+    # Before the stages: if this process dies half-way, the next driver looks again. It begins in an
     # hour unless the line below brings that forward.
     driver = None if followed else submit(slurm_jobs.sbatch_driver(recipe))
     refused = None

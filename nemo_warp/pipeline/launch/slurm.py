@@ -79,7 +79,7 @@ def why_ended(job: str) -> Ended | None:
         state, *_ = line = ask(words, _BEFORE_SIGKILL_S).splitlines()[0].split()
         again = int(line[-1]) > int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     except (SlurmError, IndexError, ValueError):
-        # Never an exception: whoever asks is being killed and has seconds to note what it knows.
+        # Never an exception: the caller is being killed and has seconds left to write its record.
         return Ended.UNKNOWN
     if again:
         return Ended.REQUEUED

@@ -46,8 +46,8 @@ class Allocation:
 def slurm_allocation(cluster: dict[str, Any], gpus_per_node: int, job: str) -> Allocation:
     """The allocation of the Slurm job this process runs in."""
     nodes = os.environ["SLURM_JOB_NODELIST"]
-    # By scontrol, since "node[01-03,07]" has more forms than anybody wants to parse. The batch
-    # host, where this runs, is the first of them.
+    # By scontrol, since "node[01-03,07]" has many forms. The batch host, where this runs, is the
+    # first of them.
     hosts = tuple(slurm.ask(["scontrol", "show", "hostnames", nodes]).split())
     return Allocation(cluster["step_python"], hosts, cluster, gpus_per_node, job)
 
