@@ -61,6 +61,13 @@ def build_parser(parser: argparse.ArgumentParser | None = None) -> argparse.Argu
         help="lambda of the second of two policies, or one share per policy (default: uniform)",
     )
     add("--eta", type=float, nargs="+", default=[0.3], help="LITI, -2 to 2 (default: 0.3)")
+    add(
+        "--eta-scale",
+        nargs="+",
+        metavar="FACTOR",
+        help="times the eta of each layer: of the first and of the last, or a YAML file of "
+        "layer: factor",
+    )
     add("--liti-towards", type=Path, help="interpolate towards this checkpoint, not the init")
     add("--dtype", choices=DTYPES, default="same", help="of the outputs (default: the init's)")
     add("--rounding", choices=ROUNDINGS, default="nearest", help="stochastic keeps small updates")
@@ -98,6 +105,25 @@ def check_numbers(
         raise ValueError(f"--workers must be at least 1, found {workers}")
     if vocab_size is not None and vocab_size < 1:
         raise ValueError(f"--vocab-size must be positive, found {vocab_size}")
+
+
+def check_eta_scale(words: Sequence[str] | None) -> None:
+    """Refuse what is neither two numbers nor a file.
+
+    Raises:
+        ValueError: says what was found.
+    """
+    if words is None or (len(words) == 1 and Path(words[0]).is_file()):
+        return
+    try:
+        first, last = map(float, words)
+    except ValueError:
+        first = last = math.nan
+    if not (math.isfinite(first) and math.isfinite(last)):
+        raise ValueError(
+            "--eta-scale needs two numbers, or a YAML file of layer: factor that is there; found "
+            f"{' '.join(words)}"
+        )
 
 
 def one_weight(
@@ -148,6 +174,7 @@ def check_recipe_arguments(arguments: Sequence[object], num_policies: int) -> No
     try:
         parsed = parser.parse_args([*given, *words])
         check_numbers(num_policies, parsed.weight, parsed.workers, parsed.vocab_size)
+        check_eta_scale(parsed.eta_scale)
     except ValueError as error:
         raise ValueError(f"merge.arguments: {error}") from None
 

@@ -45,6 +45,11 @@ examples:
   # the same tensors merged by mergekit, installed from PyPI into an environment of its own
   tools/bench_merge.py --mergekit --outputs 6
 
+  # Megatron-LM's own merger (pull request 5114), from a checkout
+  git clone --filter=blob:none https://github.com/NVIDIA/Megatron-LM megatron-lm
+  git -C megatron-lm fetch origin pull/5114/head && git -C megatron-lm checkout FETCH_HEAD
+  tools/bench_merge.py --gigabytes 0.9 --workers 2 --megatron megatron-lm
+
 Caches: inputs are dropped from the page cache before every run (posix_fadvise); with
 --drop-caches everything is, which needs root and slows down others on the machine. A disk's own
 cache, or a virtual disk's host, is out of reach: compare the ratio, not the seconds.
@@ -205,6 +210,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="PYTHON",
         help="compare with mergekit instead of the floor; PYTHON has it (default: installed anew)",
     )
+    add(
+        "--megatron",
+        metavar="CHECKOUT",
+        help="compare with weighted_merge.py of this checkout of Megatron-LM instead",
+    )
     add("--child", help=argparse.SUPPRESS)
     return parser
 
@@ -226,7 +236,11 @@ def main() -> int:
             write_nemo(folder / f"{model}.nemo", shapes, weights)
         size = (folder / "init.nemo").stat().st_size
         print(f"{size / 1e9:.2f} GB per model, largest group {group_bytes / 1e6:.0f} MB")
-        if arguments.mergekit:
+        if arguments.megatron:
+            from bench_megatron import compare_with_megatron
+
+            compare_with_megatron(folder, arguments)
+        elif arguments.mergekit:
             from bench_mergekit import compare_with_mergekit
 
             compare_with_mergekit(folder, shapes, weights, arguments)

@@ -197,7 +197,7 @@ def compare_tensors(folder: Path) -> None:
                 continue
             with safe_open(theirs[key], "pt") as stream:
                 other = stream.get_tensor(key)
-            apart = (_ordered(part) - _ordered(other)).abs()
+            apart = (ordered_bits(part) - ordered_bits(other)).abs()
             elements, tensors = elements + apart.numel(), tensors + 1
             different, far = different + int((apart > 0).sum()), far + int((apart > 1).sum())
             difference = (part.float() - other.float()).abs().max()
@@ -223,6 +223,7 @@ def read_torch_dist(folder: Path):
             yield name.replace(".layers.", f".layers.{number}."), value
 
 
-def _ordered(values: torch.Tensor) -> torch.Tensor:
+def ordered_bits(values: torch.Tensor) -> torch.Tensor:
+    """bfloat16 as whole numbers in the same order, one per representable value."""
     bits = values.contiguous().view(torch.int16).to(torch.int32)
     return torch.where(bits < 0, -(1 << 15) - bits, bits)

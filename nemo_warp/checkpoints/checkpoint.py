@@ -8,6 +8,7 @@ Opening reads headers and metadata only; every check that needs no tensor data h
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -28,14 +29,23 @@ from nemo_warp.checkpoints.formats.safetensors import (
 from nemo_warp.checkpoints.formats.torch_dist import TorchDistStore
 from nemo_warp.checkpoints.formats.zarr import DESCRIPTION, ZarrStore
 from nemo_warp.checkpoints.logical import LogicalTensor
+from nemo_warp.checkpoints.record import Record
 
 MERGEABLE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 PROVENANCE = "warp_merge.json"
+CARDS = ("README.md", "card.md")
+"""What a merge says about itself to people, in a folder and in a tar; of its output alone."""
+
 WEIGHTS = "model_weights"
 _QUANTISED = (torch.int8, torch.uint8)
 TRACKER = "latest_checkpointed_iteration.txt"
 _MAX_TRACKER_BYTES = 32
 _UNFINISHED, _LEVELS = "-unfinished", 3
+_MEGATRONS_RANK_FILE = re.compile(
+    r"(^|/)mp_rank_\d+(_\d+)*/(model_optim_rng|model_rng|distrib_optim)\.pt$"
+    r"|(^|/)(mp_rank_\d+(_\d+)+|tp_rank_\d+_pp_rank_\d+_\w+)/model_weights\.ckpt$"
+)
+_EXPERT_RANK = re.compile(r"mp_rank_\d+_\d+_\d+/|mp_rank_\d+_\d+/model_weights|_pp_rank_\d+_")
 _MARKS = ("model_config.yaml", "metadata.json", FILE)
 
 
@@ -101,7 +111,8 @@ class Checkpoint:
             if name not in weights and self._goes_along(name):
                 others.append(FileImage(name))
                 others[-1].append(record)
-        files = [file for file in others + stored.files if file.name != PROVENANCE]
+        own = (PROVENANCE, *CARDS)
+        files = [file for file in others + stored.files if file.name not in own]
         return CheckpointImage(files, stored.tensors)
 
     def _goes_along(self, name: str) -> bool:
@@ -177,6 +188,7 @@ def _open_store(archive: Archive, config: dict[str, Any]) -> tuple[str, str, Sto
         if described:
             return "zarr", weights, ZarrStore(members, where)
         return "torch_dist", weights, TorchDistStore(members, where)
+    _refuse_megatrons_rank_files(where, archive.members)
     if files := rank_files(archive.members):
         kind = "ranks" if len(files) > 1 or FILE not in archive.members else "single"
         members = {name: archive.members[name] for name in files.values()}
@@ -186,6 +198,19 @@ def _open_store(archive: Archive, config: dict[str, Any]) -> tuple[str, str, Sto
         "model_weights.ckpt, or mp_rank_XX or tp_rank_XX_pp_rank_XXX folders"
         f"{_checkpoint_below(archive)}"
     )
+
+
+def _refuse_megatrons_rank_files(where: str, members: dict[str, Record]) -> None:
+    """Raise on the ``torch`` format of Megatron-LM and on ranks of experts, and say the way out."""
+    found = next((name for name in members if _MEGATRONS_RANK_FILE.search(name)), None)
+    if found is not None:
+        experts = " of expert-parallel ranks" if _EXPERT_RANK.search(found) else ""
+        raise CheckpointError(
+            f"{where} holds rank files{experts} ({found}), whose experts and optimizer are laid "
+            "out by the job that wrote them; load them in that job with --ckpt-convert-format "
+            "torch_dist --ckpt-convert-save DIR (Megatron-LM), or save a torch_dist checkpoint, "
+            "and merge that"
+        )
 
 
 def _without_marker(where: str, members: dict[str, Any]) -> str:

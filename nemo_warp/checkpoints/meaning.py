@@ -58,6 +58,21 @@ _HUGGING_FACE = (
 )
 """Keys of ``config.json``; what is missing has its model type's default."""
 
+_MEGATRON = (
+    *("activation_func", "gated_linear_unit", "normalization", "layernorm_epsilon"),
+    *("layernorm_zero_centered_gamma", "position_embedding_type", "rotary_base"),
+    *("rotary_percent", "rotary_interleaved", "rotary_scaling", "rope_scaling"),
+    *("rope_scaling_factor", "scale_factor", "seq_len_interpolation_factor"),
+    *("num_attention_heads", "num_query_groups", "kv_channels", "window_size"),
+    *("share_embeddings_and_output_weights", "qk_layernorm", "attention_softmax_scale"),
+    *("moe_router_topk", "moe_router_pre_softmax", "moe_router_score_function"),
+    "moe_router_topk_scaling_factor",
+)
+"""Fields of Megatron-core's configuration (transformer_config.py) and of those made from it."""
+
+_OF_MEGATRON = (("context/model.yaml", "config"), ("run_config.yaml", "model"))
+"""Files of NeMo 2 and of Megatron-Bridge, and the table in each that is such a configuration."""
+
 _TOKENIZER_FILES = ("model", "vocab_file", "merge_file")
 _MAX_TOKENIZER_BYTES = 1 << 27
 _MAX_JSON_BYTES = 1 << 20
@@ -84,6 +99,9 @@ def meaning_of(archive: Archive) -> Meaning:
         return _of_nemo(archive, read_configuration(archive))
     if "config.json" in archive.members:
         return _of_hugging_face(archive)
+    for name, section in _OF_MEGATRON:
+        if isinstance(found := read_configuration(archive, name).get(section), dict):
+            return {key: _plain(found[key]) for key in _MEGATRON if key in found}
     return {}
 
 

@@ -10,14 +10,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import chain, islice
 
 import torch
 
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.logical import LogicalTensor, check_tiling, patches_of_block
-from nemo_warp.checkpoints.record import Record
+from nemo_warp.checkpoints.stored import Block, StackedTensor, joined
 
 WRAPPERS = ("model.module.module.", "model.module.", "model.", "module.")
 """Prefixes that wrappers put before the model's own names (NeMo 1, AMP O2, NeMo 2)."""
@@ -48,26 +47,6 @@ _HF_DECODERS = ("", "model", "transformer", "gpt_neox", "model.decoder", "decode
 _LAYER = re.compile(r"^(?P<stack>(?:.*\.)?layers)\.(?P<index>\d+)\.(?P<rest>.+)$")
 _STACKED = re.compile(r"^(?P<stack>(?:.*\.)?layers)\.(?P<rest>(?!\d+\.).+)$")
 _NOT_MODEL = re.compile(r"^(optimizer|chained_\d+|rng_state|rerun_state_machine_state)\b")
-
-
-@dataclass(frozen=True)
-class Block:
-    """A stored shard [offsets, offsets + sizes) of a tensor, row-major at ``start`` in a record."""
-
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    record: Record
-    start: int
-
-
-@dataclass(frozen=True)
-class StackedTensor:
-    """A tensor as stored, possibly with an axis over layers, and its shards."""
-
-    key: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    blocks: tuple[Block, ...]
 
 
 def model_keys(keys: Iterable[str]) -> dict[str, str]:
@@ -148,7 +127,7 @@ def logical_tensors(
         CheckpointError: shards are missing, overlap, or two keys mean the same tensor.
     """
     tensors: dict[str, LogicalTensor] = {}
-    for name, entry in stored:
+    for name, entry in joined(stored, where):
         for tensor in _layers(name, entry, where):
             if tensor.name in tensors:
                 raise CheckpointError(f"{where}: two entries mean {tensor.name}")

@@ -12,6 +12,7 @@ here, apply them element by element. Everything is float64 and numpy; nothing is
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -28,6 +29,9 @@ KARCHER_RADIANS = 1e-14
 """The iteration for a mean direction ends when its step is smaller."""
 
 MAX_KARCHER_STEPS = 1000
+
+MAX_PERMUTED = 5
+"""Up to so many vectors all orders are tried (120); beyond, 2 M of them."""
 
 
 class OppositeTaskVectorsError(ValueError):
@@ -74,7 +78,7 @@ def slerp_coefficients(gram: np.ndarray, weight: float) -> tuple[float, float]:
     )
 
 
-Weight = float | Sequence[float] | None
+Weight = float | Sequence[float] | np.ndarray | None
 """Lambda of the second of two policies, or a share per policy (ratios count), or uniform."""
 
 
@@ -111,6 +115,46 @@ def slerpm_coefficients(gram: np.ndarray, weight: Weight = None) -> np.ndarray:
         keep, add = slerp_coefficients(pair @ gram @ pair.T, step)
         merged = keep * pair[0] + add * pair[1]
     return merged
+
+
+def order_spread(gram: np.ndarray, weight: Weight = None) -> float | None:
+    """How much slerpm depends on the order of more than two vectors.
+
+    All orders are tried for up to `MAX_PERMUTED` vectors, else the rotations of the given order and
+    of its reverse.
+
+    Args:
+        gram: [M, M] float64 Gram matrix of the task vectors.
+        weight: see `Weight`; a share stays with its vector.
+
+    Returns:
+        The largest distance of a result from the mean of all results, as a share of the mean's
+        norm. None for two vectors, and where an order has no result or the mean is zero.
+    """
+    count = len(gram)
+    if count < 3:
+        return None
+    shares = policy_shares(count, weight)
+    found = []
+    try:
+        for order in _orders(count):
+            coefficients = np.empty(count)
+            coefficients[order] = slerpm_coefficients(gram[np.ix_(order, order)], shares[order])
+            found.append(coefficients)
+    except OppositeTaskVectorsError:
+        return None
+    mean = np.mean(found, axis=0)
+    apart = np.array(found) - mean
+    squares = np.einsum("ki,ij,kj->k", apart, gram, apart)
+    norm = mean @ gram @ mean
+    return math.sqrt(max(0.0, squares.max()) / norm) if norm > 0.0 else None
+
+
+def _orders(count: int) -> list[list[int]]:
+    if count <= MAX_PERMUTED:
+        return [list(order) for order in itertools.permutations(range(count))]
+    forward = [[(first + i) % count for i in range(count)] for first in range(count)]
+    return forward + [order[::-1] for order in forward]
 
 
 def karcher_coefficients(gram: np.ndarray, weight: Weight = None) -> np.ndarray:

@@ -14,6 +14,7 @@ from nemo_warp.merge.compute.budget import memory_for_groups, too_large
 from nemo_warp.merge.execute import check_outputs, execute
 from nemo_warp.merge.options import MergeOptions, outputs_of
 from nemo_warp.merge.plan import MergePlan, make_plan, open_inputs
+from nemo_warp.merge.publish.tracker import how_to_load, megatron_reads
 from nemo_warp.merge.ranks import world_from_environment
 from nemo_warp.merge.report.meter import summary
 from nemo_warp.merge.report.statistics import merge_statistics
@@ -85,6 +86,8 @@ def _log_result(result: MergeResult) -> None:
         if warning not in result.plan.notes:  # these were shown before the merge
             logger.warning("%s", warning)
     logger.info("%s", summary(result.timing))
+    for final in result.plan.options.outputs.values() if megatron_reads(result.plan) else ():
+        logger.info("Megatron-LM loads it with %s", how_to_load(final))
 
 
 def _log_plan(plan: MergePlan) -> None:

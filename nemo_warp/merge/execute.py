@@ -7,14 +7,17 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from nemo_warp.checkpoints.checkpoint import CARDS, PROVENANCE
 from nemo_warp.checkpoints.io.open_files import OpenFiles
 from nemo_warp.merge.plan import GroupPlan, MergePlan
 from nemo_warp.merge.publish.output import Output
 from nemo_warp.merge.publish.provenance import provenance_bytes
 from nemo_warp.merge.publish.targets import check_space, check_target
+from nemo_warp.merge.publish.tracker import megatron_reads, track
 from nemo_warp.merge.publish.transaction import Transaction, contents_of, hidden_folder
 from nemo_warp.merge.publish.verify import verify_outputs
 from nemo_warp.merge.ranks import Meeting, World
+from nemo_warp.merge.report.card import card
 from nemo_warp.merge.report.meter import Meter
 from nemo_warp.merge.report.report import write_report
 from nemo_warp.merge.results import GroupResult, MergeResult
@@ -75,6 +78,8 @@ def _lead(plan: MergePlan, meeting: Meeting) -> MergeResult:
         sealed = [GroupResult.from_json(raw) for raw in transaction.sealed_measures]
         result = MergeResult(plan, sealed)
         transaction.publish()
+        for final in finals if megatron_reads(plan) else ():
+            track(final, [*options.inputs, *(one.path for one in plan.inputs)])
         result.timing = meter.read()
         if options.report is not None:
             write_report(result, options.report, result.timing)
@@ -102,13 +107,22 @@ def _build(plan: MergePlan, transaction: Transaction, meeting: Meeting) -> list[
         refuse_similar(plan, [unit.gram for unit in result.units.values()])
         for index, output in enumerate(outputs):
             parts = [part for group in result.groups for part in group.parts[index]]
-            eta = plan.options.etas[index]
-            output.complete(parts, provenance_bytes(plan, result.groups, eta))
+            output.complete(parts, _notes(result, index, output.is_tar))
     if plan.options.verify is not None:
         written = dict(zip(plan.options.etas, transaction.contents, strict=True))
         count = verify_outputs(plan, result.units, written, plan.options.verify)
         logger.info("verified %d tensors per output against a recomputation", count)
     return result.groups
+
+
+def _notes(result: MergeResult, index: int, in_tar: bool) -> dict[str, bytes]:
+    """Name -> contents of what an output says about itself."""
+    in_folder, in_a_tar = CARDS
+    eta = result.plan.options.etas[index]
+    return {
+        PROVENANCE: provenance_bytes(result.plan, result.groups, eta),
+        in_a_tar if in_tar else in_folder: card(result, index),
+    }
 
 
 def _follow(plan: MergePlan, meeting: Meeting) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_warp.merge.eta_scale import EtaScale, largest_factor, parse_eta_scale
 from nemo_warp.merge_arguments import (
     DTYPES,
     GRANULARITIES,
@@ -41,6 +42,7 @@ class MergeOptions:
             weights.
         granularity: what shares one angle: ``layer``, ``tensor`` or ``model``.
         weight: lambda of the second of two policies, or a share per policy; None is uniform.
+        eta_scale: times the eta of each layer, see `nemo_warp.merge.eta_scale`; None is 1.
         liti_towards: interpolate towards this checkpoint instead of the init.
         dtype: ``same`` as the init per tensor, ``float32`` or ``bfloat16``.
         rounding: ``nearest``, or seeded ``stochastic`` for bfloat16 outputs.
@@ -62,6 +64,7 @@ class MergeOptions:
     method: str = "slerp"
     granularity: str = "layer"
     weight: float | tuple[float, ...] | None = None
+    eta_scale: EtaScale | None = None
     liti_towards: Path | None = None
     dtype: str = "same"
     rounding: str = "nearest"
@@ -79,6 +82,7 @@ class MergeOptions:
     def __post_init__(self) -> None:
         # The dataclass is frozen: this is its own __init__, still.
         object.__setattr__(self, "weight", one_weight(self.weight))
+        object.__setattr__(self, "eta_scale", parse_eta_scale(self.eta_scale))
         _one_of("method", self.method, METHODS)
         _one_of("granularity", self.granularity, GRANULARITIES)
         _one_of("dtype", self.dtype, DTYPES)
@@ -90,9 +94,14 @@ class MergeOptions:
         check_numbers(len(self.policies), self.weight, self.workers, self.vocab_size)
         if self.memory_gb is not None and not self.memory_gb > 0:
             raise ValueError(f"--memory-gb must be positive, found {self.memory_gb}")
+        if self.eta_scale is not None and self.granularity == "model":
+            raise ValueError("--eta-scale is per layer; it needs --granularity layer or tensor")
         for eta in self.outputs:
-            if not -MAX_ETA <= eta <= MAX_ETA:
-                raise ValueError(f"--eta must lie in [{-MAX_ETA:g}, {MAX_ETA:g}], found {eta:g}")
+            furthest = eta * max(1.0, largest_factor(self.eta_scale))
+            if not -MAX_ETA <= furthest <= MAX_ETA:
+                raise ValueError(
+                    f"--eta must lie in [{-MAX_ETA:g}, {MAX_ETA:g}], found {furthest:g}"
+                )
         self._check_paths()
 
     def _check_paths(self) -> None:
@@ -118,6 +127,8 @@ class MergeOptions:
     def recorded(self) -> dict[str, Any]:
         """The options that decide the outputs' bytes, as plain values without any path."""
         values = {name: getattr(self, name) for name in _RECORDED}
+        if self.eta_scale is not None:
+            values["eta_scale"] = self.eta_scale
         return {**values, "etas": list(self.etas), "liti_towards": self.liti_towards is not None}
 
 

@@ -20,6 +20,7 @@ from nemo_warp.checkpoints.logical import LogicalTensor
 from nemo_warp.checkpoints.meaning import check_same_meaning, meaning_of
 from nemo_warp.checkpoints.names import group_of, group_order
 from nemo_warp.checkpoints.vocabulary import VOCABULARY_TENSORS, true_vocab_size
+from nemo_warp.merge.eta_scale import eta_factors
 from nemo_warp.merge.options import MergeOptions
 from nemo_warp.records import canonical_json, code_version
 
@@ -67,6 +68,7 @@ class MergePlan:
     Attributes:
         groups: in canonical order.
         image: the layout of every output.
+        eta_factors: unit -> factor of its eta, where it is not 1 for all.
         notes: what the user should know before and after.
         files: path -> [size, time of change in ns] of every input file.
         versions: of the code and of the libraries that decide the outputs' bytes.
@@ -77,6 +79,7 @@ class MergePlan:
     inputs: tuple[Checkpoint, ...]
     groups: tuple[GroupPlan, ...]
     image: CheckpointImage
+    eta_factors: dict[str, float]
     notes: tuple[str, ...]
     files: dict[str, list[int]]
     versions: dict[str, str]
@@ -150,7 +153,9 @@ def make_plan(options: MergeOptions, inputs: tuple[Checkpoint, ...]) -> MergePla
     files, versions = _file_states(inputs), _versions()
     identity = _identity(options, inputs, files, tensors, versions)
     once = tuple(dict.fromkeys(notes))
-    return MergePlan(options, inputs, ordered, image, once, files, versions, identity)
+    of_groups = eta_factors(options.eta_scale, names)
+    factors = {t.unit: of_groups[group_of(t.name)] for t in tensors} if of_groups else {}
+    return MergePlan(options, inputs, ordered, image, factors, once, files, versions, identity)
 
 
 def _check_container(options: MergeOptions, init: Checkpoint) -> None:

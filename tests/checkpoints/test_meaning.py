@@ -117,6 +117,28 @@ def test_hugging_face_folders(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "section"), [("context/model.yaml", "config"), ("run_config.yaml", "model")]
+)
+def test_configurations_of_nemo_2_and_megatron_bridge(tmp_path, name, section):
+    """What the weights mean is compared, where they are cut is not."""
+
+    def folder(place: str, **changes) -> Path:
+        table = {"rotary_base": 10000, "num_attention_heads": 4, "layernorm_epsilon": 1e-5}
+        table |= {"tensor_model_parallel_size": 1, "activation_func": {"_target_": "silu"}}
+        path = tmp_path / place / name
+        path.parent.mkdir(parents=True)
+        path.write_text(yaml.safe_dump({section: {**table, **changes}, "_target_": "x"}))
+        return tmp_path / place
+
+    one = read_meaning(folder("one"))
+    assert one["rotary_base"] == 10000.0
+    same = read_meaning(folder("same", tensor_model_parallel_size=8, rotary_base=1e4))
+    assert differences(one, same) == {}
+    other = read_meaning(folder("other", activation_func={"_target_": "gelu"}))
+    assert list(differences(one, other)) == ["activation_func"]
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "a: " + ":".join(["1"] * 100_000),  # base 60: quadratic

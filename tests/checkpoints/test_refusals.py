@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 import resource
 import struct
 import tarfile
@@ -159,6 +160,26 @@ def test_refusals_that_say_what_to_do(policy, tmp_path):
         torch.save(state, ranks / f"mp_rank_{rank:02d}/model_weights.ckpt")
     with pytest.raises(CheckpointError, match="a tensor of a name that is not Megatron's"):
         merge(ranks, [ranks], str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("name", "who"),
+    [
+        ("mp_rank_00/model_optim_rng.pt", "rank files ("),
+        ("mp_rank_01_000_003/model_optim_rng.pt", "rank files of expert-parallel ranks ("),
+        ("mp_rank_01_003/model_weights.ckpt", "rank files of expert-parallel ranks ("),
+        ("tp_rank_00_pp_rank_000_ep_rank_001/model_weights.ckpt", "of expert-parallel ranks ("),
+        ("iter_0000020/mp_rank_00_000_001/model_optim_rng.pt", "of expert-parallel ranks ("),
+    ],
+)
+def test_rank_files_of_megatron_and_of_experts_say_the_way_out(tmp_path, name, who):
+    folder = tmp_path / "run"
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).write_bytes(b"never read")
+    if name.startswith("iter"):
+        (folder / "latest_checkpointed_iteration.txt").write_text("20")
+    _refused(folder, re.escape(who))
+    _refused(folder, "--ckpt-convert-format torch_dist --ckpt-convert-save DIR")
 
 
 def test_pickles_change_no_class_of_torch(policy):

@@ -136,3 +136,66 @@ def test_configuration_and_artifacts_are_the_inits(merged):
                 if member.isfile() and "model_weights" not in member.name:
                     kept = after.extractfile(member.name).read()
                     assert kept == before.extractfile(member.name).read(), member.name
+
+
+def _save_as_nemo_2(folder: Path, tokenizer: Path, tensor: int) -> None:
+    """Weights by NeMo 2's own writer; ``context`` by hand, since that writer needs nemo_run."""
+    from nemo.lightning.io.pl import MegatronCheckpointIO
+
+    model = golden.build("llama", tokenizer, tensor, 1)
+    for policy in golden.POLICIES:
+        golden.fill(model, lambda n, s, p=policy: golden.weight(p, n, s, torch.float32))
+        state = {"sharded_state_dict": model.model.sharded_state_dict(prefix="module.")}
+        target = folder / f"{policy}-tp{tensor}"
+        MegatronCheckpointIO().save_checkpoint({**state, "global_step": 7, "epoch": 0}, target)
+        (target / "context" / "nemo_tokenizer").mkdir(parents=True, exist_ok=True)
+        (target / "context" / "model.yaml").write_text(
+            "_target_: nemo.collections.llm.gpt.model.llama.LlamaModel\n"
+            f"config: {{rotary_base: 10000, tensor_model_parallel_size: {tensor}}}\n"
+        )
+        (target / "context" / "nemo_tokenizer" / "special_tokens_map.json").write_text(policy)
+
+
+def _check_by_nemo_2(path: Path, tokenizer: Path, tensor: int) -> None:
+    """Its reader, strict: every key is asked for and there."""
+    from megatron.core.dist_checkpointing.validation import StrictHandling
+    from nemo.lightning.io.pl import MegatronCheckpointIO
+
+    model = golden.build("llama", tokenizer, tensor, 1)
+    state = {"sharded_state_dict": model.model.sharded_state_dict(prefix="module.")}
+    loaded = MegatronCheckpointIO().load_checkpoint(
+        path, sharded_state_dict=state, strict=StrictHandling.RAISE_ALL
+    )["sharded_state_dict"]
+    model.model.load_state_dict({k.removeprefix("module."): v for k, v in loaded.items()})
+    shapes = {name: shape for name, shape, *_ in golden.shards(model)}
+    expected = golden.expected_merge(shapes, torch.float32, ETA, torch.float32)
+    for name, _, where, data in golden.shards(model):
+        rows = slice(None)
+        if golden.is_vocabulary(name):
+            rows = slice(0, max(0, golden.VOCABULARY - where[0].start))
+        apart = golden.ulps_apart(data[rows], expected[name][where][rows])
+        assert apart.numel() == 0 or apart.max() <= 1, f"{name} at {where}"
+
+
+def test_nemo_2_folders(nemo, tmp_path):
+    tokenizer = tiny_models.write_tokenizer(tmp_path, golden.VOCABULARY)
+    for tensor in (1, 2):
+        run_ranks(_save_as_nemo_2, tensor, tmp_path, tokenizer, tensor)
+    for policies, output in ((("a-tp1", "b-tp2"), "out"), (("a-tp2", "b-tp1"), "again")):
+        merge(
+            tmp_path / "init-tp2",
+            [tmp_path / policy for policy in policies],
+            str(tmp_path / output),
+            eta=ETA,
+            vocab_size=golden.VOCABULARY,
+        )
+        kept = [
+            path.relative_to(tmp_path / output).as_posix()
+            for path in (tmp_path / output).rglob("*")
+        ]
+        assert {"context/model.yaml", "context/nemo_tokenizer/special_tokens_map.json"} <= {*kept}
+        run_ranks(_check_by_nemo_2, 2, tmp_path / output, tokenizer, 2)
+    other = tmp_path / "b-tp2" / "context" / "model.yaml"
+    other.write_text(other.read_text().replace("10000", "500000"))
+    with pytest.raises(ValueError, match=r"rotary_base is 10000 in .*init-tp2 and 500000 in"):
+        merge(tmp_path / "init-tp2", [tmp_path / "a-tp1", other.parents[1]], str(tmp_path / "no"))

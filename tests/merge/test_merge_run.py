@@ -329,6 +329,7 @@ def test_outputs_are_inputs_of_the_next_iteration(tmp_path, models):
     run(again, tmp_path / "second_{eta}")
     with tarfile.open(tmp_path / "second_1.nemo") as tar:
         assert tar.getnames().count("./warp_merge.json") == 1
+        assert tar.getnames().count("./card.md") == 1
         found = json.load(tar.extractfile("./warp_merge.json"))
     assert found["eta"] == 1.0 and found["inputs"][0]["name"] == "first_0.3.nemo"
     assert found["inputs"][0]["weights_digest"] == hash_weights(open_checkpoint(again["init"]))

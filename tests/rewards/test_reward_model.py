@@ -12,9 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_models
+import torch
 from ranks import run_ranks
 
 from nemo_warp import exit_codes
+from nemo_warp.checkpoints.checkpoint import open_checkpoint
+from nemo_warp.checkpoints.inspection import read_tensor
+from nemo_warp.checkpoints.io.reading import FileCache
+from nemo_warp.merge import merge
 from nemo_warp.rewards import pairs
 from nemo_warp.rewards.client import RewardClient
 from nemo_warp.rewards.settings import RewardClientSettings
@@ -59,12 +64,12 @@ def reward_model(nemo, tmp_path_factory) -> Path:
     return directory / "rm.nemo"
 
 
-def _train(directory: Path) -> None:
+def _train(directory: Path, name: str = "rm.nemo", **changes) -> None:
     from nemo_warp.aligner import train_reward_model
 
     arguments = {
         "init": directory / "base.nemo",
-        "output": directory / "rm.nemo",
+        "output": directory / name,
         "pairs.train": directory / "train.jsonl",
         "pairs.validation": directory / "validation.jsonl",
         "steps": 150,
@@ -78,6 +83,7 @@ def _train(directory: Path) -> None:
         "trainer.precision": "'32'",
         "model.megatron_amp_O2": "false",
         "model.micro_batch_size": 16,
+        **changes,
     }
     code = train_reward_model.main([f"{key}={value}" for key, value in arguments.items()])
     assert code == exit_codes.DONE
@@ -88,6 +94,36 @@ def test_it_learns_what_vader_prefers(reward_model):
     assert record["validation"]["acc"] > 0.8
     assert record["validation"]["acc"] > record["history"][0]["acc"] - 0.05
     assert [point["step"] for point in record["history"]] == [75, 150]
+
+
+def test_reward_models_are_averaged_into_one_that_scores(reward_model, own_scores, caplog):
+    """WARM: one base, another learning rate and seed, LERP at eta 1, the first as the init."""
+    directory = reward_model.parent
+    caplog.set_level("INFO")
+    run_ranks(_train, 1, directory, "second.nemo", seed=7, **{"optim.lr": 2e-3})
+    models, output = [reward_model, directory / "second.nemo"], directory / "warm.nemo"
+    merge(models[0], models, str(output), method="lerp", eta=1.0, workers=1)
+    assert "no change in some policy" not in caplog.text  # the init is one of them
+    tensors = [_weights(path) for path in (*models, output)]
+    assert any(name.startswith("rm_head") for name in tensors[2])
+    for name, merged in tensors[2].items():
+        average = (tensors[0][name].double() + tensors[1][name].double()) / 2
+        assert torch.equal(merged, average.float()), name
+    asked = [json.loads(line)["text"] for line in _lines(directory / "validation.jsonl")[:400]]
+    (scores,) = run_ranks(_in_process, 1, output, asked)
+    chosen, rejected = np.array(scores[0::2]), np.array(scores[1::2])
+    assert (chosen > rejected).mean() > 0.75
+    assert not np.allclose(scores[:12], own_scores)
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines()
+
+
+def _weights(path: Path) -> dict[str, torch.Tensor]:
+    tensors = open_checkpoint(path).tensors
+    with FileCache() as files:
+        return {name: read_tensor(files, tensor) for name, tensor in tensors.items()}
 
 
 def _in_process(model_path: Path, texts: list[str]) -> list[float]:

@@ -230,6 +230,7 @@ _METADATA_GLOBALS: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): _empty_dict,
     # torch's StorageMeta holds the folder it was written to.
     ("pathlib", "PosixPath"): _opaque,
+    ("pathlib._local", "PosixPath"): _opaque,  # Python 3.13's name for it
     ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"): Discarded,
     **{
         (_PLANS, name): Discarded
@@ -237,6 +238,8 @@ _METADATA_GLOBALS: dict[tuple[str, str], Any] = {
     },
     **{("torch", name): dtype for name, dtype in _DTYPES.items()},
     (_METADATA, "Metadata"): _Metadata,
+    # Megatron-core 0.15 only
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): _Metadata,
     (_METADATA, "TensorStorageMetadata"): _TensorStorage,
     (_METADATA, "BytesStorageMetadata"): _BytesStorage,
     (_METADATA, "ChunkStorageMetadata"): _Chunk,

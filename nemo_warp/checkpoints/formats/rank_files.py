@@ -22,8 +22,9 @@ from nemo_warp.checkpoints.containers.torch_zip import read_torch_zip
 from nemo_warp.checkpoints.containers.unpickling import StoredTensor
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.logical import LogicalTensor, check_tiling
-from nemo_warp.checkpoints.names import Block, StackedTensor, canonical_name, logical_tensors
+from nemo_warp.checkpoints.names import canonical_name, logical_tensors
 from nemo_warp.checkpoints.record import Record
+from nemo_warp.checkpoints.stored import Block, StackedTensor
 
 FILE = "model_weights.ckpt"
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -198,14 +199,16 @@ class RankFileStore:
         # embedding must count once.
         tied = self._num_pp > 1 and self._tied and OUTPUT in by_name and EMBEDDING in by_name
         copies = {OUTPUT: by_name.pop(OUTPUT)} if tied else {}
-        experts: dict[str, list[tuple[int, list[Shard]]]] = defaultdict(list)
-        for name, match in [(n, m) for n in by_name if (m := _EXPERT.match(n))]:
-            experts[f"{match['head']}.experts.{match['rest']}"].append(
-                (int(match["index"]), by_name.pop(name))
+        experts = [
+            (
+                f"{match['head']}.experts.{match['index']}.{match['rest']}",
+                self._stacked(name, by_name.pop(name), locate),
             )
+            for name in list(by_name)
+            if (match := _EXPERT.match(name))
+        ]
         tensors = {name: self._tensor(name, found, locate) for name, found in by_name.items()}
-        for name, of_layer in experts.items():
-            tensors[name] = self._expert_tensor(name, sorted(of_layer), locate)
+        tensors |= logical_tensors(experts, self.where)
         for name, found in copies.items():
             copy = self._tensor(name, found, locate)
             tensors[EMBEDDING] = replace(tensors[EMBEDDING], replicas=(copy.patches,))
@@ -222,25 +225,6 @@ class RankFileStore:
         copies = [self._stacked(name, [shard], locate) for shard in shards[1:]]
         replicas = [logical_tensors([(name, c)], self.where)[name].patches for c in copies]
         return replace(tensor, replicas=tuple(replicas))
-
-    def _expert_tensor(
-        self, name: str, experts: list[tuple[int, list[Shard]]], locate: Locate
-    ) -> LogicalTensor:
-        """Experts of one layer as one tensor with an axis over experts in front."""
-        parts = [self._stacked(name, shards, locate) for _, shards in experts]
-        if [index for index, _ in experts] != list(range(len(experts))) or any(
-            part.shape != parts[0].shape for part in parts
-        ):
-            raise CheckpointError(
-                f"{self.where}: experts of {name} are missing or of unequal shape"
-            )
-        blocks = [
-            Block((index, *block.offsets), (1, *block.sizes), block.record, block.start)
-            for index, part in enumerate(parts)
-            for block in part.blocks
-        ]
-        whole = StackedTensor(name, (len(parts), *parts[0].shape), parts[0].dtype, tuple(blocks))
-        return logical_tensors([(name, whole)], self.where)[name]
 
     def _stacked(self, name: str, shards: list[Shard], locate: Locate) -> StackedTensor:
         axis = _split_axis(name)

@@ -20,8 +20,9 @@ from nemo_warp.checkpoints.containers.archive import MAX_SMALL_FILE_BYTES, read_
 from nemo_warp.checkpoints.containers.image import CheckpointImage, DtypeRule, FileImage
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.logical import LogicalTensor
-from nemo_warp.checkpoints.names import Block, StackedTensor, hugging_face_name, logical_tensors
+from nemo_warp.checkpoints.names import hugging_face_name, logical_tensors
 from nemo_warp.checkpoints.record import Record
+from nemo_warp.checkpoints.stored import Block, StackedTensor
 
 SINGLE, INDEX, HF_CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 DTYPES = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
@@ -20,11 +21,15 @@ from nemo_warp.checkpoints.containers.torch_zip import ALIGNMENT
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.formats.torch_dist_index import Item, TorchDistIndex
 from nemo_warp.checkpoints.logical import LogicalTensor
-from nemo_warp.checkpoints.names import DROPPED, Block, StackedTensor, logical_tensors, model_keys
+from nemo_warp.checkpoints.names import DROPPED, logical_tensors, model_keys
 from nemo_warp.checkpoints.record import Record
+from nemo_warp.checkpoints.stored import Block, StackedTensor
 
-MASTERS = "optimizer.state.fp32_param."
-"""Prefix of fp32 copies of parameters (megatron/core/optimizer/distrib_optimizer.py)."""
+MASTERS = re.compile(r"^(?:chained_\d+\.)?optimizer\.state\.(?:fp32_)?param\.")
+"""Prefix of fp32 copies of parameters (megatron/core/optimizer/distrib_optimizer.py).
+
+``fully_reshardable`` says ``param``; several optimizers (MoE) come before it as ``chained_N``.
+"""
 
 # integrity.json (Megatron-core from 0.18) holds hashes of the files as they were.
 _REMADE = ("metadata.json", ".metadata", "integrity.json")
@@ -65,10 +70,11 @@ class TorchDistStore:
 
     def masters(self) -> dict[str, LogicalTensor]:
         """Canonical name -> fp32 copy in the optimizer state, for the parameters that have one."""
-        items = [i for i in self._index.items if i.key.startswith(MASTERS) and i.chunk is not None]
-        names = model_keys({item.key.removeprefix(MASTERS) for item in items})
-        full = {MASTERS + key: name for key, name in names.items()}
-        return self._logical(self._place_stored(i for i in items if i.key in full), full)
+        items = [i for i in self._index.items if MASTERS.match(i.key) and i.chunk is not None]
+        full = {item.key: MASTERS.sub("", item.key) for item in items}
+        names = model_keys(set(full.values()))
+        named = {key: names[bare] for key, bare in full.items() if bare in names}
+        return self._logical(self._place_stored(i for i in items if i.key in named), named)
 
     def image(self, rule: DtypeRule, prefix: str) -> CheckpointImage:
         """Layout of an output with this checkpoint's files, keys and shards."""

@@ -19,15 +19,9 @@ from nemo_warp.checkpoints.containers.archive import read_record
 from nemo_warp.checkpoints.containers.image import CheckpointImage, DtypeRule, FileImage
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.logical import LogicalTensor
-from nemo_warp.checkpoints.names import (
-    DROPPED,
-    MAX_PATCHES,
-    Block,
-    StackedTensor,
-    logical_tensors,
-    model_keys,
-)
+from nemo_warp.checkpoints.names import DROPPED, MAX_PATCHES, logical_tensors, model_keys
 from nemo_warp.checkpoints.record import Record
+from nemo_warp.checkpoints.stored import Block, StackedTensor
 
 DESCRIPTION = ".zarray"
 _MAX_DESCRIPTION_BYTES = 1 << 16

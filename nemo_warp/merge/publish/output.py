@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 
-from nemo_warp.checkpoints.checkpoint import PROVENANCE
 from nemo_warp.checkpoints.containers.archive import read_record
 from nemo_warp.checkpoints.containers.image import CheckpointImage, FileImage
 from nemo_warp.checkpoints.errors import CheckpointError
@@ -139,12 +138,12 @@ class Output:
         with ThreadPoolExecutor(_SYNC_THREADS, "sync") as pool:
             _exhaust(pool.map(sync_one, sorted(written)))
 
-    def complete(self, parts: list[Part], provenance: bytes) -> None:
+    def complete(self, parts: list[Part], notes: dict[str, bytes]) -> None:
         """Write everything that is not merged and make the output durable and complete.
 
         Args:
-            provenance: contents of ``warp_merge.json``.
             parts: all merged bytes.
+            notes: name -> contents of files about the merge.
         """
         # Trailers come after all data, since they hold the CRC-32s.
         crcs = self.write_fixed() | self._record_crcs(parts)
@@ -154,10 +153,10 @@ class Output:
                 for trailer_offset, trailer in image.trailers(found):
                     self._pwrite(file.name, trailer, offset + trailer_offset)
         if self.is_tar:
-            self._append_to_tar(provenance)
-        else:
-            self._create(PROVENANCE, len(provenance))
-            self._pwrite(PROVENANCE, provenance, 0)
+            self._append_to_tar(notes)
+        for name, content in () if self.is_tar else notes.items():
+            self._create(name, len(content))
+            self._pwrite(name, content, 0)
         self.sync()
         for folder in {path.parent for path in self.content.rglob("*")} | {self.content.parent}:
             fsync_directory(folder)
@@ -183,13 +182,15 @@ class Output:
             crc = crc32(data, crc)
         return crc
 
-    def _append_to_tar(self, provenance: bytes) -> None:
-        header = _tar_header(PROVENANCE, len(provenance))
-        end = self._tar_end + len(header) + len(provenance)
-        self._pwrite("", header + provenance, self._tar_end)
+    def _append_to_tar(self, notes: dict[str, bytes]) -> None:
+        end = self._tar_end
+        for name, content in notes.items():
+            block = _tar_header(name, len(content)) + content
+            self._pwrite("", block, end)
+            end += len(block) + -len(block) % tarfile.BLOCKSIZE
         # A tar ends with two blocks of zeros, and is padded to a record of 20 blocks, as NeMo's
         # are.
-        end += -end % tarfile.BLOCKSIZE + 2 * tarfile.BLOCKSIZE
+        end += 2 * tarfile.BLOCKSIZE
         with self._files.use(self.content) as file:
             os.ftruncate(file.descriptor, end + -end % _TAR_RECORD)
 

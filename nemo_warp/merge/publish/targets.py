@@ -14,7 +14,7 @@ _WEIGHTS = r"""(\.metadata|metadata\.json|integrity\.json|common\.pt|[^/]*__\d+_
 """Files of a distributed checkpoint: Megatron-core's ``torch_dist`` and ``zarr``."""
 
 _CHECKPOINT_FILES = re.compile(
-    rf"""(model_config\.yaml | warp_merge\.json | README\.md | [0-9a-f]{{32}}_[^/]+
+    rf"""(model_config\.yaml | warp_merge\.json | README\.md | card\.md | [0-9a-f]{{32}}_[^/]+
       | (iter_\d+/)?((model_weights|weights)/)?{_WEIGHTS}
       | ((mp_rank_\d+|tp_rank_\d+_pp_rank_\d+)/)?model_weights\.ckpt
       | (context|(iter_\d+/)?tokenizer)/.+ | (iter_\d+/)?(run_config\.yaml|train_state\.pt)

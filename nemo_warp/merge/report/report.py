@@ -36,28 +36,35 @@ def write_report(result: MergeResult, folder: Path, timing: dict[str, Any]) -> d
 
 def table(report: dict[str, Any]) -> str:
     """The report as Markdown: one line per unit, the first pair's angle and ratio, all etas."""
-    etas = report["options"]["etas"]
-    head = [
-        "unit",
-        "angle",
-        "norm ratio",
-        "norm init",
-        *(f"norm delta {i}" for i in _policies(report)),
-    ]
-    head += [f"realised {eta:g} (changed)" for eta in etas]
-    lines = ["# Merge report", "", *_summary(report), "", _row(head), _row(["---"] * len(head))]
-    rows = {**report["units"], "whole model": report["model"]}
-    lines += [_row([name, *_cells(row)]) for name, row in rows.items()]
+    lines = ["# Merge report", "", *describe_merge(report), "", *unit_table(report)]
     if report["warnings"]:
         lines += ["", "## Warnings", "", *(f"- {warning}" for warning in report["warnings"])]
     return "\n".join(lines) + "\n"
+
+
+def unit_table(report: dict[str, Any]) -> list[str]:
+    """Lines of a Markdown table with a row per unit and one for the whole model."""
+    rows = {**report["units"], "whole model": report["model"]}
+    etas = [output["eta"] for output in report["model"]["outputs"]]
+    head = ["unit", "angle", "norm ratio", "norm init"]
+    head += [f"norm delta {i}" for i in _policies(report)]
+    if _has_spread(report):
+        head.append("spread over orders (%)")
+    head += [f"realised {eta:g} (changed)" for eta in etas]
+    lines = [_row(head), _row(["---"] * len(head))]
+    return lines + [_row([name, *_cells(row, _has_spread(report))]) for name, row in rows.items()]
+
+
+def _has_spread(report: dict[str, Any]) -> bool:
+    return report["model"]["order_spread"] is not None
 
 
 def _policies(report: dict[str, Any]) -> range:
     return range(1, 1 + len(report["model"]["norms"]["task_vectors"]))
 
 
-def _summary(report: dict[str, Any]) -> list[str]:
+def describe_merge(report: dict[str, Any]) -> list[str]:
+    """Lines that say what was merged and how."""
     options = report["options"]
     settings = ", ".join(f"{key} {options[key]}" for key in ("method", "granularity", "dtype"))
     inputs = [
@@ -70,10 +77,12 @@ def _summary(report: dict[str, Any]) -> list[str]:
     ]
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
+def _cells(row: dict[str, Any], with_spread: bool) -> list[str]:
     pair = row["pairs"][0]["task_vectors"] if row["pairs"] else {}
     numbers = [pair.get("angle"), pair.get("norm_ratio"), row["norms"]["init"]]
     numbers += row["norms"]["task_vectors"]
+    if with_spread:
+        numbers.append(None if row["order_spread"] is None else 100 * row["order_spread"])
     outputs = [
         f"{_number(output['realised_eta'])} ({100 * output['changed_share']:.1f} %)"
         for output in row["outputs"]
