@@ -39,6 +39,7 @@ print(json.dumps({"seconds": time.perf_counter() - begin}))
 WHOLE = ("o_proj", "down_proj", "norm", "embed_tokens", "lm_head")
 """Tensors that are one tensor in both formats, so that one angle means the same in both."""
 SHARD = 1 << 30
+MERGEKIT = "mergekit==0.1.5"
 
 
 def compare_with_mergekit(folder: Path, shapes, weights, arguments: argparse.Namespace) -> None:
@@ -82,7 +83,7 @@ def make_environment(folder: Path, python: str) -> str:
     # torch is found here; whatever mergekit wants newer goes into its own environment
     (place / "lib" / site / "host.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     python = str(place / "bin" / "python")
-    command = [python, "-m", "pip", "--disable-pip-version-check", "install", "-q", "mergekit"]
+    command = [python, "-m", "pip", "--disable-pip-version-check", "install", "-q", MERGEKIT]
     subprocess.run(command, check=True)
     return python
 

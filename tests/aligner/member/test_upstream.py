@@ -1,6 +1,9 @@
 """Where nothing is meant to change, NeMo-Aligner's own classes give the same numbers; and what
 upstream 0.7.0 gets wrong, run on upstream."""
 
+import ast
+import importlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import member_lab as lab
@@ -224,3 +227,19 @@ def test_excluded_samples_have_no_gradient(materials, tmp_path):
     assert batch.metrics["failed_rewards"] == 1
     assert batch.metrics["samples_used"] == 4
     assert finite
+
+
+def test_benchmarks_find_all_that_they_import(nemo, monkeypatch):
+    """From what `make setup` installs, modules of NeMo-Aligner's imports included (flask once)."""
+    tools = Path(__file__).parents[3] / "tools"
+    monkeypatch.syspath_prepend(str(tools))
+    modules = set()
+    for file in [*tools.glob("bench*.py"), *tools.glob("_bench*.py")]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                modules.add(node.module)
+            elif isinstance(node, ast.Import):
+                modules |= {alias.name for alias in node.names}
+    assert "nemo_aligner.utils.batch_iterators" in modules
+    for module in sorted(modules):
+        importlib.import_module(module)
