@@ -100,7 +100,7 @@ def test_reward_models_are_averaged_into_one_that_scores(reward_model, own_score
     """WARM: one base, another learning rate and seed, LERP at eta 1, the first as the init."""
     directory = reward_model.parent
     caplog.set_level("INFO")
-    run_ranks(_train, 1, directory, "second.nemo", seed=7, **{"optim.lr": 2e-3})
+    run_ranks(partial(_train, seed=7, **{"optim.lr": 2e-3}), 1, directory, "second.nemo")
     models, output = [reward_model, directory / "second.nemo"], directory / "warm.nemo"
     merge(models[0], models, str(output), method="lerp", eta=1.0, workers=1)
     assert "no change in some policy" not in caplog.text  # the init is one of them
