@@ -52,6 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also try what a run needs there: locks (between two nodes under srun), space, and "
         "what sbatch --test-only says of every kind of job",
     )  # fmt: skip
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="of the recipe of --run-directory"
+    )
     parser.add_argument("--json", action="store_true", help="for programs: one JSON object")
     parser.add_argument("--deep", action="store_true", help="import NeMo as an entry point does")
 
@@ -60,7 +63,7 @@ def main(args: argparse.Namespace) -> int:
     """Print the report; 0 if the profile's requirements are met."""
     checks = [*checks_of_packages(args.profile), *checks_of_machine(args.profile)]
     if args.run_directory is not None:
-        checks += checks_of_place(args.run_directory)
+        checks += checks_of_place(args.run_directory, args.overrides)
     if args.deep:
         checks.append(imports_nemo())
     usable = all(check.status is not Status.MISSING for check in checks)
@@ -68,14 +71,14 @@ def main(args: argparse.Namespace) -> int:
     return exit_codes.DONE if usable else exit_codes.FAILED
 
 
-def checks_of_place(place: Path) -> list[Check]:
+def checks_of_place(place: Path, overrides: Sequence[str] = ()) -> list[Check]:
     """What a run needs of ``place``; that takes the driver, and with it OmegaConf."""
     try:
         from nemo_warp.pipeline.commands.readiness import checks_of_run
     except ImportError as error:
         found = f"not tried: {error}"
         return [Check("run directory", Status.MISSING, found, advice="first the packages above")]
-    return list(checks_of_run(place))
+    return list(checks_of_run(place, overrides))
 
 
 def _as_json(profile: str, usable: bool, checks: Sequence[Check]) -> str:

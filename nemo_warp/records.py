@@ -21,6 +21,7 @@ import nemo_warp
 from nemo_warp.places import SHIPPED
 
 COMPLETION_FILE = "completion.json"
+_CODE = ("nemo_warp", "conf", "slurm", "tools")
 _HASH_BLOCK_BYTES = 1 << 22
 
 
@@ -86,19 +87,25 @@ def hash_file(path: Path) -> FileHash:
 
 @cache
 def code_version() -> str:
-    """``0.1.0+g<commit>``, ``.dirty`` if the checkout has changes; a wheel knows its commit."""
+    """``0.1.0+g<commit>``, ``.dirty`` if its code was changed; a wheel knows its commit.
+
+    An edited recipe is another recipe, and no other code.
+    """
     root = Path(nemo_warp.__file__).parent.parent
     carried = SHIPPED / "commit"  # setup.py writes it into a wheel
     if carried.exists() and (commit := carried.read_text()):
         return f"{nemo_warp.__version__}+g{commit}"
     if not (root / ".git").exists():
         return nemo_warp.__version__
-    describe = ["git", "-C", str(root), "describe", "--always", "--dirty=.dirty", "--abbrev=12"]
+    git = ["git", "-C", str(root)]
+    describe, changed = ["describe", "--always", "--abbrev=12"], ["diff", "--quiet", "HEAD", "--"]
     try:
-        result = subprocess.run(describe, capture_output=True, text=True, check=True)
+        result = subprocess.run([*git, *describe], capture_output=True, text=True, check=True)
+        edited = subprocess.run([*git, *changed, *_CODE], capture_output=True, check=False)
     except (OSError, subprocess.CalledProcessError):  # no git, or not allowed to look
         return nemo_warp.__version__
-    return f"{nemo_warp.__version__}+g{result.stdout.strip()}"
+    dirty = ".dirty" if edited.returncode else ""
+    return f"{nemo_warp.__version__}+g{result.stdout.strip()}{dirty}"
 
 
 def fsync_directory(path: Path) -> None:

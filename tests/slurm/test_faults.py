@@ -224,6 +224,10 @@ def never_begins(make) -> None:
     sandbox.submit()
     sandbox.wait_for(lambda: "rounds in which no stage began" in sandbox.history(), "the driver")
     sandbox.wait_until_queue_is_empty()
+    code, output = sandbox.call("run")  # as cron does, every ten minutes
+    assert code == 1
+    assert "rounds in which no stage began" in output
+    assert sandbox.jobs() == []
 
 
 EVALUATION = {"etas": [0.0, 1.0], "settings": {"towards_sft": False}}

@@ -138,4 +138,4 @@ def test_doctor_of_a_run_directory(
     checks = {c["name"]: c for c in json.loads(capsys.readouterr().out)["checks"]}
     missing = {name for name, check in checks.items() if check["status"] == "missing"}
     assert missing == {"space", "sbatch merge", "sbatch driver"}
-    assert "invalid partition" in checks["sbatch merge"]["found"]
+    assert "Invalid partition" in checks["sbatch merge"]["found"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -16,21 +17,26 @@ from nemo_warp.pipeline.disk import locks
 from nemo_warp.pipeline.launch import slurm, slurm_jobs
 from nemo_warp.pipeline.launch.steps import checkout
 from nemo_warp.pipeline.recipe.load import Recipe, load_recipe
+from nemo_warp.places import named
 
 _PATIENCE_S = 10.0
 _NODES_WITHIN_S = 60
 """How long the trial on two nodes may wait in the queue."""
 
 
-def checks_of_run(place: Path) -> Iterator[Check]:
+def checks_of_run(place: Path, overrides: Sequence[str] = ()) -> Iterator[Check]:
     """Of a run directory, of the one that a recipe names, or of any directory.
 
     What is tried is written below the directory, or below the one it would be made in, and removed.
+
+    Args:
+        place: of the three.
+        overrides: ``a.b=c`` arguments of the recipe.
     """
-    recipe, root = None, place
-    if place.is_file() or (place / "recipe.yaml").exists() or not place.exists():
+    recipe, root, source = None, place, named(place, "recipes")
+    if source.is_file() or (source / "recipe.yaml").exists():
         try:
-            recipe = load_recipe(place, files_here=False)
+            recipe = load_recipe(place, overrides, files_here=False)
         except ValueError as error:
             yield Check("recipe", Status.MISSING, str(error), advice=f"nemo-warp plan {place}")
             return
@@ -71,16 +77,17 @@ def _locks_between_nodes(scratch: Path, recipe: Recipe) -> Check:
     # --immediate: give up if two nodes are not free soon, instead of waiting in the queue.
     words += ["--time=5", f"--immediate={_NODES_WITHIN_S}", "--job-name=warp-doctor", "--quiet"]
     words += [f"--chdir={checkout()}", *cluster["sbatch"], cluster["python"]]
-    words += ["-m", "nemo_warp.pipeline.disk.flock_probe", str(scratch)]
-    name, line = "locks, 2 nodes", f"docs/pipeline.md, Under Slurm; by hand: {' '.join(words)}"
+    words += ["-m", "nemo_warp.pipeline.disk.flock_probe"]
+    name, by_hand = "locks, 2 nodes", shlex.join([*words, str(scratch.parent)])
+    line = f"docs/pipeline.md, Under Slurm; by hand: {by_hand}"
     try:
-        slurm.ask(words, patience_s=4 * _NODES_WITHIN_S)
+        slurm.ask([*words, str(scratch)], patience_s=4 * _NODES_WITHIN_S)
     except slurm.SlurmError as error:
         said = str(error).partition(": ")[2]
         told = [text for text in said.splitlines() if text.startswith("error: ")]
         if told:
             return Check(name, Status.MISSING, told[0].removeprefix("error: "), advice=line)
-        return Check(name, Status.DIFFERS, f"not tried: {said}", "held", line)
+        return Check(name, Status.DIFFERS, f"not tried: {said.splitlines()[-1]}", "held", line)
     return Check(name, Status.OK, "held between two nodes")
 
 
@@ -124,7 +131,8 @@ def _asked(name: str, words: list[str], advice: str) -> Check:
     try:
         said = slurm.ask(words, _PATIENCE_S, with_errors=True).split("\n")[0]
     except slurm.SlurmError as error:
-        return Check(name, Status.MISSING, str(error).rpartition("error: ")[2], advice=advice)
+        said = str(error).rpartition("error: ")[2].splitlines()[-1]
+        return Check(name, Status.MISSING, said, advice=advice)
     # scontrol ping succeeds as long as it can print who is down.
     if name == "controller" and "DOWN" in said:
         return Check(name, Status.MISSING, said, advice=advice)
