@@ -34,6 +34,7 @@ def pretrain(config: DictConfig, documents: dict[str, list[str]]) -> dict[str, o
 
     from nemo_warp.aligner.compat import activate
 
+    # Before the first operation: later torch ignores it for pools that it has started.
     torch.set_num_threads(config.num_threads)
     activate()
     from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerBuilder

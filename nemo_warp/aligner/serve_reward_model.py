@@ -74,6 +74,7 @@ def _lead(scorer: RewardModelScorer, arguments: argparse.Namespace) -> None:
     log.info("hashing %s", arguments.model)
     serving = Serving(
         run_id=arguments.run_id,
+        # The whole file: two reward models of one architecture differ in their weights only.
         fingerprint=hash_file(arguments.model).sha256,
         endpoint_file=arguments.endpoint_file,
         host=arguments.host,

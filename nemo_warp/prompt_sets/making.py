@@ -88,6 +88,7 @@ def make_prompts(
             f"{found.too_long} too long, {found.empty} empty), too few to hold out "
             f"{wishes.heldout} of them (--heldout)"
         )
+    # By hash and not by a shuffled index: a row that is added later does not move the others.
     held = set(sorted(lines, key=lambda text: _digest(wishes.seed, text))[: wishes.heldout])
     for text, line in lines.items():
         (found.heldout if text in held else found.train).append(line)
@@ -117,6 +118,7 @@ def _line(
         return None
     found.longest = max(found.longest, length)
     fields = {wishes.rename.get(name, name): value for name, value in row.items() if name != column}
+    # A column of that name that was not the prompt would replace it below.
     fields.pop("prompt", None)
     if wishes.answer_after is not None:
         fields["answer"] = _after_mark(fields.get("answer"), wishes.answer_after, where)

@@ -102,6 +102,7 @@ def _parquet(path: Path) -> Iterator[Row]:
         raise ValueError(f"{path} needs pyarrow: pip install 'nemo-warp[data]'") from None
     try:
         with parquet.ParquetFile(path) as file:
+            # In batches: a Parquet file unpacks to several times its size.
             for batch in file.iter_batches():
                 yield from batch.to_pylist()
     except pyarrow.ArrowException as error:

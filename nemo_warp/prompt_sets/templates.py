@@ -61,6 +61,7 @@ class Template:
         return list(self._tokenizer.convert_ids_to_tokens(tokens))
 
     def _begin(self) -> str:
+        # Asked of the tokenizer and not read from its settings, which say it in different ways.
         adds = self._tokenizer("").input_ids[:1] == [self._tokenizer.bos_token_id]
         return str(self._tokenizer.bos_token) if adds else ""
 

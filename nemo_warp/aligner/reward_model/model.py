@@ -70,6 +70,8 @@ class RewardModelSetup:
             "precision": self.precision,
             "megatron_amp_O2": self.precision == "bf16",
             "sequence_parallel": False,
+            # NeMo reads these keys in inference as well, and recomputation without a backward pass
+            # is waste.
             "activations_checkpoint_granularity": None,
             "activations_checkpoint_method": None,
             "regression": {"merge_attributes": True},
@@ -102,6 +104,7 @@ def load_reward_model(setup: RewardModelSetup) -> Any:
         strict=True,
         restore_path=str(setup.path),
     )
+    # No gradients: Megatron would allocate buffers for them.
     model.freeze()
     init_distributed(trainer, model, tree.model.get("transformer_engine", False))
     model = model.cuda()
@@ -140,6 +143,7 @@ class RewardModelScorer:
         else:
             assert tokens is not None and sequence_lengths is not None, "one of the two forms"
             lengths = sequence_lengths[:, 0].tolist()
+            # NeMo-Aligner's own client sends padded tokens with their lengths.
             sequences = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
         reasons = [self._refusal(sequence) for sequence in sequences]
         good = [place for place, reason in enumerate(reasons) if not reason]
@@ -185,6 +189,7 @@ class RewardModelScorer:
         )
         inputs, _, _ = pad_batch_and_strip_sequence(tokens, lengths, multiple)
         try:
+            # First: the other ranks wait in `follow`, and enter the same forward pass.
             self._broadcast(_Command.SCORE)
             return self._run(inputs)[: len(sequences), 0]
         except Exception:

@@ -128,6 +128,7 @@ def _nemo_tree(config: RewardModel) -> DictConfig:
             "reset_attention_mask": False,
             "eod_mask_loss": False,
             "index_mapping_dir": None,
+            # Megatron's schedules take whole batches only.
             "validation_drop_last": True,
         },
         "optim": _optimizer(plain["optim"]),
@@ -156,6 +157,8 @@ def _supervised_trainer(
     loaders, train_set = _dataloaders(config, tree, model)
     init_using_ptl(trainer, model, loaders["train"], train_set)
     optimizer, scheduler = extract_optimizer_scheduler_from_ptl_model(model)
+    # NeMo-Aligner's trainer stops at whichever of epochs and steps ends first: enough epochs for
+    # all steps.
     epochs = -(-config.steps // (len(train_set) // config.global_batch_size))
     loop = OmegaConf.create(
         {

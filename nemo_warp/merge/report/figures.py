@@ -73,6 +73,7 @@ def _edges(rows: list[dict[str, Any]]) -> np.ndarray:
     pairs = range(len(rows[0]["pairs"]))
     found = [v for p in pairs for kind in _KINDS for v in _values(rows, p, kind, "norm_ratio")]
     low, high = min([1.0, *found]), max([1.0, *found])
+    # Members of one recipe have norms within a per mille: bins of no width would be an error.
     margin = max(0.05 * (high - low), 1e-3)
     return np.linspace(low - margin, high + margin, _BINS + 1)
 

@@ -68,6 +68,8 @@ class Meter:
             (self._plan.input_bytes, [read for read, _ in known]),
             (self._written, [written for _, written in known]),
         ):
+            # Another user of the disk would make the floor, and so the merge's share of it,
+            # meaningless.
             if max(found) > STEADY * min(found):
                 return None
             total += size * sum(found) / len(found)

@@ -39,6 +39,8 @@ def _add_sample(digest: hashlib._Hash, file: Path, size: int, max_blocks: int) -
     count = min(blocks, max_blocks)
     with file.open("rb") as stream:
         for index in range(count):
+            # The first and the last block always: headers are at the one end, tar's and zip's
+            # directories at the other.
             block = index * (blocks - 1) // max(1, count - 1)
             stream.seek(block * _BLOCK_BYTES)
             digest.update(stream.read(_BLOCK_BYTES))

@@ -98,6 +98,7 @@ class Recipe:
 
     def member_config(self, iteration: int, member: int) -> dict[str, Any]:
         """The member's whole configuration but for its init and its rewards' endpoints."""
+        # A copy: the resolved one is cached, and shared by all members that are alike.
         config = copy.deepcopy(self._resolved_member(iteration, member))
         name = f"{self.name}-i{iteration:02d}-m{member:02d}"
         config["run"]["name"] = name
@@ -248,6 +249,7 @@ def _layers(file: Path, seen: tuple[Path, ...] = ()) -> list[Path]:
     content = load_config(CONF_DIRECTORY / "recipe.yaml", file)
     if content["base"] is None:
         return [file]
+    # normpath and not resolve: a recipe behind a link builds on what lies beside the link.
     base = Path(os.path.normpath(file.parent / content["base"]))
     return [*_layers(base, (*seen, file)), file]
 
@@ -257,6 +259,8 @@ def _resolve(config: DictConfig) -> dict[str, Any]:
     kept = ("member", "per_iteration", "per_member")
     unresolved = to_plain(config, resolve=False)
     for key in kept:
+        # Taken out before resolving: ${run.total_steps} in a member's section means the member's
+        # key.
         config[key] = {} if key == "member" else []
     return {**to_plain(config), **{key: unresolved[key] for key in kept}}
 

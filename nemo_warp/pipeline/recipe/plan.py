@@ -72,6 +72,8 @@ def build_plan(
         before = (merge_name(i - 1),) if i > 1 else ()
         names = tuple(member_name(i, m) for m in range(1, members + 1))
         stages += [Stage(n, MEMBER, i, m, before) for m, n in enumerate(names, start=1)]
+        # A merge needs the one before as well: it gave the init that the members' task vectors
+        # start from.
         stages.append(Stage(merge_name(i), MERGE, i, needs=(*names, *before)))
         stages.append(Stage(evaluation_name(i), EVALUATION, i, needs=(merge_name(i), *before)))
     last = (merge_name(iterations),)
