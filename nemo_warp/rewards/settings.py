@@ -21,7 +21,8 @@ class RewardClientSettings:
 
     Attributes:
         ready_deadline_s: how long `RewardClient.connect` waits for the server.
-        request_timeout_s: of one attempt at one batch.
+        request_timeout_s: of one attempt. A server that knows `keys` answers at once with what it
+            has; there it is how long a call, or a line that finishes nothing, may last.
         retries: further attempts after a transport error or a timeout. A server that hangs costs
             (retries + 1) * request_timeout_s.
         backoff_s: wait before the first of them; doubles each time, up to a minute, +-50 %.

@@ -113,6 +113,9 @@ def test_what_cannot_be_run_is_no_score():
     assert "'cpp' cannot be run" in reasons[1] and "no field 'tests'" in reasons[3]
     with pytest.raises(ValueError, match="there is no program 'no-such-jail'"):
         load("programs:PassesTests", prefix=["no-such-jail"])
+    for options in ({"prefix": ["false"]}, {"memory_mib": 1}):
+        with pytest.raises(ValueError, match="a program that must pass its test does not"):
+            load("programs:PassesTests", **options)
 
 
 def test_the_program_is_the_last_block():

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_warp.pipeline.commands.estimate import disk_bytes, size
+from nemo_warp.pipeline.commands.needed_fields import check_fields, needed_by
 from nemo_warp.pipeline.launch.steps import checkout
 from nemo_warp.pipeline.recipe.load import Recipe
 from nemo_warp.pipeline.recipe.validate import check_counts, check_files, check_prompts
@@ -37,8 +38,15 @@ def check_before_start(recipe: Recipe) -> None:
 def _check_reward(recipe: Recipe, key: str, reward: dict[str, Any]) -> None:
     if reward.get("endpoint") and not recipe.values["commands"]["member"]:
         check_endpoint(Path(reward["endpoint"]), f"{key}.endpoint")
+    source = None
     if reward.get("callable"):
-        check_callable(reward["callable"], f"{key}.callable", _in_container(recipe))
+        source = check_callable(reward["callable"], f"{key}.callable", _in_container(recipe))
+    prompts = recipe.values["prompts"]
+    if key.startswith("judges."):  # which are asked by evaluations only
+        prompts = {"heldout": prompts["heldout"]}
+    if not recipe.values["commands"]["member"]:
+        text = recipe.member_config(1, 1)["prompts"]["key"]
+        check_fields(prompts, text, needed_by(reward, source), key)
 
 
 def _check_benchmarks(recipe: Recipe) -> None:
@@ -71,13 +79,16 @@ def check_endpoint(file: Path, key: str) -> None:
         raise ValueError(f"{key}: {file} is not an endpoint file: it holds no JSON object")
 
 
-def check_callable(name: str, key: str, elsewhere: bool = False) -> None:
+def check_callable(name: str, key: str, elsewhere: bool = False) -> Path | None:
     """Raise ValueError if ``module:function`` is not there; nothing of the module is run.
 
     Args:
         name: ``package.module:function``.
         key: names it in the message.
         elsewhere: rewards run in a container, which may have modules that this machine has not.
+
+    Returns:
+        The module's source; None where it has none that could be read here.
     """
     module, _, function = name.partition(":")
     spec = _find(module)
@@ -86,10 +97,11 @@ def check_callable(name: str, key: str, elsewhere: bool = False) -> None:
             f"{key}: no module {module!r} can be found; put its directory into PYTHONPATH"
         )
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
-        return
+        return None
     names = _names(Path(spec.origin))
     if function.partition(".")[0] not in names and _IMPORTED_STAR not in names:
         raise ValueError(f"{key}: {spec.origin} has no {function!r}")
+    return Path(spec.origin)
 
 
 def _find(module: str) -> importlib.machinery.ModuleSpec | None:

@@ -54,6 +54,11 @@ class Isolated:
             raise RuntimeError(value)
         return value
 
+    def close(self) -> None:
+        """End the calling thread's process."""
+        if getattr(self._own, "process", None) is not None:
+            self._kill()
+
     def _started(self) -> Connection:
         if getattr(self._own, "process", None) is None or not self._own.process.is_alive():
             # Not fork: the server has threads.

@@ -39,6 +39,11 @@ class Answer:
         # math-verify's own time limits are alarms, which work in a main thread only.
         self._equal = Isolated(equal, seconds, int(memory_gib * 2**30), first=("1", "1"))
 
+        # Otherwise a parser that does not work here would be the score 0 of every response.
+        if not self._equal("\\frac{1}{2}", "\\boxed{0.5}"):
+            raise ValueError("math-verify does not work here: it says that 1/2 is not 0.5")
+        self._equal.close()
+
     def __call__(self, prompt: str, response: str, answer: str | int | float) -> float:
         """The score of one response."""
         return self._scores[self._equal(str(answer), response)]

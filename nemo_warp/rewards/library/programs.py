@@ -88,6 +88,13 @@ class PassesTests:
             "RLIMIT_CORE": 0,
         }
 
+        # Otherwise what keeps programs from running would be the score 0 of every response.
+        if not self._passes("x = 1", "assert x == 1"):
+            raise ValueError(
+                "a program that must pass its test does not: check prefix, seconds and memory_mib "
+                f"({' '.join(self._words[: len(prefix) + 1])}, {self._limits})"
+            )
+
     def __call__(
         self,
         prompt: str,
