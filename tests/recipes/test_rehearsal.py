@@ -190,10 +190,12 @@ def test_the_recipe_runs_to_its_end_with_nothing_changed_but_sizes(nemo, tmp_pat
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
     run = tmp_path / "run"
     points = [json.loads(line) for line in (run / "front/points.jsonl").read_text().splitlines()]
-    assert [point["eta"] for point in points] == [1.0] and points[0]["kl_to_sft"] != 0.0
+    assert [point["eta"] for point in points] == [1.0]
+    moved = points[0]["kl_to_sft"] != 0.0
+    assert moved == (recipe != "one_gpu")  # whose answers a random model never finds: no gradient
     member = OmegaConf.load(next(run.glob("iteration_01/member_01/config.yaml")))
     assert member.rollout.end_strings == ENDS[recipe]
-    if recipe == "gemma_7b":
+    if recipe != "one_gpu":
         _check_reward_model_export(tmp_path)
     export_hf(run / "final/policy.nemo", tmp_path / "final")
     with torch.no_grad():

@@ -28,6 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_warp.aligner.entry.job import job_size
 from nemo_warp.aligner.policy.stored_config import stored_config
+from nemo_warp.aligner.reward_model.scaling import scale_as_trained
 from nemo_warp.rewards.triton import answer, log
 
 _PAD_MULTIPLE = 64  # tokens; few distinct shapes, and a multiple of any tensor-parallel size
@@ -107,6 +108,7 @@ def load_reward_model(setup: RewardModelSetup) -> Any:
     # No gradients: Megatron would allocate buffers for them.
     model.freeze()
     init_distributed(trainer, model, tree.model.get("transformer_engine", False))
+    scale_as_trained(model)
     model = model.cuda()
     model.prepare_for_inference()
     return model

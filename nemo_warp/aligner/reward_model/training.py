@@ -25,6 +25,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_warp.aligner.entry.validation import read_model_config
 from nemo_warp.aligner.policy.stored_config import stored_config
+from nemo_warp.aligner.reward_model.scaling import scale_as_policy
+from nemo_warp.checkpoints.families.classifier import SCALED
 from nemo_warp.config import overlaid, to_plain
 from nemo_warp.records import code_version, config_hash, hash_file, write_json_atomically
 from nemo_warp.schema.reward_model import RewardModel
@@ -77,6 +79,7 @@ def train_reward_model(config: RewardModel) -> dict[str, Any]:
         restore_path=str(config.init),
     )
     init_distributed(trainer, model, tree.model.get("transformer_engine", False))
+    scale_as_policy(model)
     log = _History()
     loop = _supervised_trainer(config, tree, trainer, model, log)
     loop.fit()
@@ -115,6 +118,7 @@ def _nemo_tree(config: RewardModel) -> DictConfig:
     trainer |= dict.fromkeys(switched_off, False)
     model = {k: v for k, v in plain["model"].items() if k != "extra"} | {
         "reward_model_type": "binary_ranking",
+        SCALED: True,
         "output_sequence": False,
         "use_avg_pool": False,
         "global_batch_size": plain["global_batch_size"],

@@ -13,6 +13,10 @@ from nemo_warp.checkpoints.io.reading import FileCache
 from nemo_warp.checkpoints.logical import LogicalTensor
 
 HEAD, BIAS = "rm_head.weight", "rm_head.bias"
+SCALED = "scaled_as_policy"
+"""Key of ``model_config.yaml``: the reward model has the `SCALINGS` that its policy has."""
+SCALINGS = ("apply_embedding_scaling", "scale_positional_embedding")
+"""Keys that NeMo-Aligner's reward models have and do not follow (reward_model/scaling.py)."""
 _UNUSED = (BIAS, "output_layer.weight")
 """Of a reward model: what a classifier has no place for, and what no forward pass reads
 (NeMo-Aligner megatron_gpt_reward_model.py l.97)."""
@@ -36,8 +40,14 @@ def with_head(checkpoint: Checkpoint, policy: list[Joined]) -> list[Joined]:
     """A policy's Hugging Face tensors, with ``score`` in place of the output layer.
 
     Raises:
-        ValueError: the reward is not the last token's.
+        ValueError: the reward is not the last token's, or not of the family's model.
     """
+    unscaled = [key for key in SCALINGS if checkpoint.config.get(key)]
+    if unscaled and not checkpoint.config.get(SCALED):
+        raise ValueError(
+            f"{checkpoint.path}: NeMo-Aligner trained this reward model without {unscaled[0]}, "
+            "which transformers would apply; train it with nemo_warp.aligner.train_reward_model"
+        )
     for key in ("use_avg_pool", "output_sequence"):
         if checkpoint.config.get(key):
             raise ValueError(
