@@ -62,6 +62,7 @@ def with_scores(responses: Responses, endpoint_file: Path) -> Responses:
         raise RecordError(str(error)) from error
     finally:
         client.close()
+    # Some failures are counted in the table; a server that scores nothing is the wrong one.
     if scores.failed.all():
         raise RecordError(
             f"judge '{name}' scored nothing of {responses.source}: {scores.reasons[0]}"

@@ -29,6 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
         files = write_report(parsed.run, parsed.output or parsed.run / "front")
     except (ValueError, RecordError) as error:
         print(f"error: {error}", file=sys.stderr)
+        # Also for damaged records: another attempt of the report stage would read the same ones.
         return exit_codes.MISCONFIGURED
     print("\n".join(str(path) for path in files))
     return exit_codes.DONE

@@ -107,6 +107,8 @@ def draw(groups: Sequence[Group], path: Path) -> None:
         for index, group in enumerate(groups):
             colour = series_colour(index)
             for front in group.fronts:
+                # Thin lines for single seeds, since a band over three of them hides one that
+                # differs.
                 axes.plot(
                     front.column("kl_to_sft"),
                     front.column("reward"),
@@ -116,6 +118,7 @@ def draw(groups: Sequence[Group], path: Path) -> None:
                     marker=".",
                     markersize=3,
                 )
+            # Where all seeds were measured: a mean over fewer of them would jump at the ends.
             grid = np.linspace(*_common_range(group), 60)
             bands = [over_seeds(np.array([_at(f, kl) for f in group.fronts])) for kl in grid]
             axes.plot(
@@ -167,6 +170,7 @@ def _difference(seeds: Sequence[float], base: Sequence[float]) -> Interval:
     from scipy import stats
 
     mean = float(np.mean(seeds) - np.mean(base))
+    # One seed has no variance, so no interval either.
     if min(len(seeds), len(base)) < 2:
         return Interval(mean, np.nan, np.nan, min(len(seeds), len(base)))
     found = stats.ttest_ind(seeds, base, equal_var=False).confidence_interval(0.95)

@@ -60,6 +60,7 @@ def _draw_against_steps(
         if len(metrics) == 1 and any(record.get(key) is not None for record in train):
             steps = column(train, "step")
             axes.plot(steps, column(train, key), color=MUTED, linewidth=0.7, label="training batch")
+        # At most two metrics share a panel: two markers, told apart without colour as well.
         axes.errorbar(
             column(evals, "step"),
             column(evals, key),

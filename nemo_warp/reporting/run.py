@@ -84,6 +84,7 @@ def _trajectories(iteration: int, directory: Path) -> list[Curve]:
 
 def _fronts(iteration: int, path: Path) -> list[Curve]:
     points = read_points(path) if path.exists() else []
+    # Points of earlier versions do not name their base: it was the init.
     bases = sorted({str(point.get("base", "init")) for point in points})
     return [
         Curve(

@@ -51,6 +51,7 @@ def read_metrics(path: Path, kind: str) -> list[dict[str, Any]]:
     for where, record in read_records(path):
         if record.get("kind") == kind and _was_measured(record, REQUIRED[kind], where):
             _check_numbers(record, REQUIRED[kind], where)
+            # By step and kind, so that a resumed member's second measurement replaces the first.
             by_step[record["step"]] = record
     return [by_step[step] for step in sorted(by_step)]
 

@@ -118,6 +118,7 @@ def _seen(
     pairs = seen.grades.shape[1]
     # Twice: the same pairs are in `grades` in both orders.
     gaps = np.tile(a_length[:, :pairs] - b_length[:, :pairs], 2)
+    # A pair without a verdict, or without both lengths, cannot be in the fit.
     given = ~np.isnan(grades) & ~np.isnan(gaps)
     controlled = length_controlled_rate((np.sign(grades[given]) + 1) / 2, gaps[given])
     both = ~np.isnan(seen.grades) & ~np.isnan(seen.swapped)
@@ -141,6 +142,7 @@ def _comparisons(
     a: np.ndarray, b: np.ndarray, a_length: np.ndarray, b_length: np.ndarray, tie_within: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Outcome and length gap of every pair of responses that both have a score: [N] and [N]."""
+    # Every response of A against every one of B, as `by_scores` counts them.
     gap = a[:, :, None] - b[:, None, :]
     outcome = np.where(np.abs(gap) <= tie_within, 0.5, (gap > 0).astype(float))
     longer = a_length[:, :, None] - b_length[:, None, :]

@@ -8,6 +8,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+# Login nodes and jobs have no display.
 matplotlib.use("Agg")
 
 # Okabe and Ito's palette without black, which marks the final front, and without its yellow.

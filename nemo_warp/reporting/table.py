@@ -73,6 +73,7 @@ def _equal_kl_lines(curves: Sequence[Curve]) -> list[str]:
     lines = ["## Reward at equal KL (linear between measured points)", ""]
     lines += _header(f"curve | {titles}")
     for curve in curves:
+        # Interpolated, since no two curves are measured at the same KL.
         rewards = (reward_at(curve.column("kl_to_sft"), curve.column("reward"), kl) for kl in grid)
         lines.append(_row([curve.name, *("" if math.isnan(r) else f"{r:.3f}" for r in rewards)]))
     return lines
