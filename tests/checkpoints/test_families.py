@@ -47,6 +47,18 @@ def test_in_and_out_again_is_the_same_model(tmp_path, family):
     assert found.shape[1] > 4
 
 
+def test_a_config_of_newer_transformers_keeps_its_name_of_the_dtype(tmp_path):
+    source = write_hf_model(tmp_path / "hf", "llama2")
+    config = json.loads((source / "config.json").read_text())
+    for name in ("torch_dtype", "dtype"):
+        config.pop(name, None)
+    (source / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
+    import_hf(source, tmp_path / "model.nemo")
+    export_hf(tmp_path / "model.nemo", tmp_path / "back")
+    exported = json.loads((tmp_path / "back/config.json").read_text())
+    assert exported["dtype"] == "float32" and "torch_dtype" not in exported
+
+
 def test_a_merge_of_nemo_twins_is_the_merge_of_hugging_face_twins(tmp_path):
     """Gemma: one key-value head, zero-centred norms, tied embedding; weights and angles."""
     write_hf_model(tmp_path / "init", "gemma")

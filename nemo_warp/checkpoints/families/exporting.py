@@ -72,7 +72,8 @@ def export_hf(
     check_complete(joined, tensors, str(source), frozenset(VOCABULARY_TENSORS))
     dtypes = {tensors[one.runs[0].name].dtype for one in joined}
     if len(dtypes) == 1:
-        hf = {**hf, "torch_dtype": str(next(iter(dtypes))).removeprefix("torch.")}
+        name = "dtype" if "dtype" in hf else "torch_dtype"  # transformers renamed it in 4.56
+        hf = {**hf, name: str(next(iter(dtypes))).removeprefix("torch.")}
     with new_folder(output) as folder:
         _write_weights(checkpoint, joined, folder, shard_bytes, progress)
         write_files(folder, {**files, "config.json": hf})
