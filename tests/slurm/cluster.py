@@ -70,7 +70,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 # cred_expire is also how long a requeued job waits before it starts again (default 120 s)
-AuthInfo=socket={d}/run/munge.socket,cred_expire=6
+AuthInfo=socket={d}/run/munge.socket,cred_expire=12
 CredType=cred/munge
 StateSaveLocation={d}/state
 SlurmdSpoolDir={d}/spool/%n
@@ -99,7 +99,7 @@ KillOnBadExit=0
 MessageTimeout=30
 OverTimeLimit=0
 MinJobAge=600
-SlurmdTimeout=15
+SlurmdTimeout=120
 SlurmctldTimeout=30
 ReturnToService=2
 PropagateResourceLimits=NONE
