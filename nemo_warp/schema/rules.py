@@ -29,7 +29,7 @@ def check_signal(
         if rollout[key] != whole:
             raise ValueError(
                 f"{prefix}rollout.{key} is {rollout[key]}, expected {whole}: log-probabilities are "
-                "those of the whole softmax, so that responses of a truncated softmax would be scored "
+                "those of the whole softmax, so that responses of a truncated one would be scored "
                 "as if drawn from another"
             )
 

@@ -54,7 +54,7 @@ class Rollout:
         1, "optimizer steps per rollout batch; 1 is on-policy", low=1, paper="algorithm 1"
     )
     max_response_tokens: int = key(512, "longest response", unit="tokens", low=1)
-    temperature: float = key(0.9, "of the distribution that is sampled from", above=0, paper="section 4")
+    temperature: float = key(0.9, "of the distribution of samples", above=0, paper="section 4")
     top_k: int = key(0, "sample from the k most likely tokens only; 0 is all", low=0)
     top_p: float = key(1.0, "sample from the likeliest tokens of this mass", above=0, high=1)
     end_strings: list[str] = key([], "end a response, beside the end-of-sequence token",
