@@ -19,6 +19,7 @@ import torch
 from nemo_warp.aligner.compat import torch_adam
 from nemo_warp.aligner.compat.gemma2 import gemma2_layer_spec
 from nemo_warp.aligner.compat.norm import LayerNorm
+from nemo_warp.aligner.compat.padded_rows import allow_other_padding
 from nemo_warp.aligner.compat.replacements import Replacements
 
 PACKAGES = ("apex", "transformer_engine", "tensorrt_llm")
@@ -58,6 +59,7 @@ def replace_in_nemo(replacements: Replacements, missing: Sequence[str]) -> None:
     if "apex" in missing and "transformer_engine" in missing:
         _replace_fused_adam(replacements)
     _adapt_checkpoint_writer(replacements)
+    allow_other_padding(replacements)
 
 
 class TensorRTLLMMissing:
