@@ -57,7 +57,7 @@ class Rollout:
     temperature: float = key(0.9, "of the distribution of samples", above=0, paper="section 4")
     top_k: int = key(0, "sample from the k most likely tokens only; 0 is all", low=0)
     top_p: float = key(1.0, "sample from the likeliest tokens of this mass", above=0, high=1)
-    end_strings: list[str] = key([], "end a response, beside the end-of-sequence token",
+    end_strings: list[str] = key([], "end a response, beside the model's own end tokens",
                                  pattern=r"(?s).+", pattern_help="that is not empty")  # fmt: skip
     micro_batch_size: int = key(8, "sequences generated together", low=1)
     forward_micro_batch_size: int = key(
