@@ -79,7 +79,11 @@ def imported_end_strings(checkpoint: Path) -> list[str]:
     files = _inside(checkpoint)
     generation = files.get("generation_config.json")
     ends = generation.get("eos_token_id") if isinstance(generation, Mapping) else None
-    return token_texts(files, ends) if isinstance(ends, Sequence) else []
+    settings = files.get(SETTINGS)
+    end = settings.get("eos_token") if isinstance(settings, Mapping) else None
+    own = end.get("content") if isinstance(end, Mapping) else end
+    texts = token_texts(files, ends) if isinstance(ends, Sequence) else []
+    return [text for text in texts if text != own]  # which NeMo ends at by itself
 
 
 def unpacked_tokenizer(checkpoint: Path) -> Path | None:
