@@ -5,7 +5,7 @@
     tools/make_written.py --check    # only the second
 
 Every release is installed from PyPI into a folder of its own (`pip install --target`), beside this
-environment's torch. Two ranks need a free port on the loopback interface. About five minutes.
+environment's torch. About five minutes.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import socket
 import sys
 import warnings
 from pathlib import Path
@@ -19,7 +20,6 @@ import torch
 import written_weights as known
 
 warnings.simplefilter("ignore")
-PORT = "29741"
 
 
 def main() -> int:
@@ -38,6 +38,9 @@ def main() -> int:
     import megatron.core.optimizer  # noqa: F401
 
     _answer_cuda_calls_on_the_cpu()
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1])}
     fork = multiprocessing.get_context("fork")
     ranks = [fork.Process(target=_rank, args=(r, arguments)) for r in range(arguments.ranks)]
     for rank in ranks:
@@ -56,7 +59,6 @@ def _answer_cuda_calls_on_the_cpu() -> None:
 
 def _rank(rank: int, arguments: argparse.Namespace) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(arguments.ranks), "LOCAL_RANK": "0"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": PORT}
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     from megatron.core import parallel_state
