@@ -271,6 +271,25 @@ def test_equal_orders_of_prompts_say_nothing_equal_seeds_do() -> None:
         refuse_twins({"member_01": member(1), "member_02": member(2), "member_03": member(1)})
 
 
+def test_a_reward_server_that_cannot_start_says_why_itself(tmp_path: Path) -> None:
+    """A real server: its own error is the reason, its log is named, and nobody retries it."""
+    sandbox = Sandbox(tmp_path)
+    reward = {"weight": 1.0, "callable": "broken_reward:score"}
+    retries = {**sandbox.values["retries"], "ready_deadline_s": 300}
+    sandbox.save(iterations=1, members=1, rewards={"day": reward}, retries=retries)
+    text = "raise RuntimeError('the lexicon is gone')\n\ndef score(prompt, response): return 1.0\n"
+    (tmp_path / "broken_reward.py").write_text(text)
+    path = f"{tmp_path}{os.pathsep}{ROOT}"
+    code, output = sandbox.call("run", PYTHONPATH=path)
+    assert code == exit_codes.FAILED, output
+    code, output = sandbox.call("status", PYTHONPATH=path)
+    assert code == exit_codes.FAILED
+    assert "reward-day ended with exit code 2" in output
+    assert "the lexicon is gone" in output
+    assert "attempts/001/reward-day.log" in output
+    assert sandbox.attempts("iteration_01/member_01") == 1
+
+
 def test_logs_follow_until_the_stage_has_ended(tmp_path: Path) -> None:
     sandbox = Sandbox(tmp_path)
     sandbox.save(iterations=1)

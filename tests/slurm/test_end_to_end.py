@@ -51,7 +51,7 @@ def _tiny(directory: Path) -> dict:
             "settings": {"evaluation": {"num_prompts": 8}, "towards_sft": False},
         },
         "front": {"kappas": [0.0, 1.0]},
-        "retries": {"without_progress": 3, "stop_grace_s": 120, "ready_deadline_s": 240},
+        "retries": {"without_progress": 3, "stop_grace_s": 120, "ready_deadline_s": 600},
         "commands": {},
     }
 
