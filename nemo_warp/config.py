@@ -100,6 +100,7 @@ is asked of its points and, in a run, of the evaluation's inputs.
 _ADDED: dict[str, Any] = {
     "evaluation.generations": 1,
     "algorithm.kl_top_k": 64,
+    "algorithm.importance_limit": 2.0,
     "pick": dataclasses.asdict(Pick()),
     "benchmarks": dataclasses.asdict(Benchmarks()),
     "prompts.too_long": "refuse",

@@ -167,3 +167,33 @@ def token_weights(advantages: Advantages, mask: Tensor, reduction: str) -> Tenso
     if reduction == "sequence_mean":
         weights = weights / mask.sum(-1, keepdim=True).clamp(min=1)
     return weights / len(mask)
+
+
+IMPORTANCE_SUMS = ("importance_mean", "importance_cut", "responses")
+"""What `importance` tells, as sums over responses; `responses` is their number."""
+
+
+@torch.no_grad()
+def importance(
+    log_probs: Tensor, sampled: Tensor, trained: Tensor, limit: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Weight pi(y|x) / pi_sampled(y|x) of each response, at most ``limit``, float32 [B].
+
+    After the first of several updates from one rollout, the policy is not the one that sampled.
+    The gradient of its expected reward is then an average over the responses with these weights;
+    cut at a limit, they trade a bias for a bounded variance (truncated importance sampling,
+    Ionides 2008).
+
+    Args:
+        log_probs, sampled: [B, S-1], of the policy that is trained, and of the one that sampled.
+        trained: [B, S-1], 0 where a position is not trained on. Responses without any weigh 1 and
+            are not counted.
+
+    Returns:
+        The weights, and `IMPORTANCE_SUMS` of them: before the cut, cut ones, responses.
+    """
+    # where, not *: log-probabilities of other positions are not computed, and need not be finite.
+    total = torch.where(trained != 0, log_probs.float() - sampled, 0.0).sum(-1)
+    ratio, counted = total.exp(), (trained != 0).any(-1)
+    sums = (ratio[counted].sum(), (ratio[counted] > limit).float().sum(), counted.float().sum())
+    return ratio.clamp(max=limit), dict(zip(IMPORTANCE_SUMS, sums, strict=True))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 
@@ -20,13 +21,14 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def epoch_order(seed: int, epoch: int, num_prompts: int) -> list[int]:
+@lru_cache(maxsize=2)  # a step reads one epoch, or the end of one and the beginning of the next
+def epoch_order(seed: int, epoch: int, num_prompts: int) -> tuple[int, ...]:
     """The permutation of ``range(num_prompts)`` that one epoch reads."""
     # A generator of its own, on the CPU: torch's global one is moved on by sampling, and CUDA's
     # gives another permutation for the same seed. NeMo-Aligner has one model.seed (1234) for all
     # runs, so that members with its defaults read the same prompts in the same order.
     generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
-    return torch.randperm(num_prompts, generator=generator).tolist()
+    return tuple(torch.randperm(num_prompts, generator=generator).tolist())
 
 
 def prompt_indices(seed: int, start: int, count: int, num_prompts: int) -> list[int]:
@@ -34,14 +36,8 @@ def prompt_indices(seed: int, start: int, count: int, num_prompts: int) -> list[
 
     Every prompt is read once per epoch; a batch may straddle two epochs.
     """
-    orders: dict[int, list[int]] = {}
-    indices = []
-    for position in range(start, start + count):
-        epoch, offset = divmod(position, num_prompts)
-        if epoch not in orders:
-            orders[epoch] = epoch_order(seed, epoch, num_prompts)
-        indices.append(orders[epoch][offset])
-    return indices
+    places = (divmod(position, num_prompts) for position in range(start, start + count))
+    return [epoch_order(seed, epoch, num_prompts)[offset] for epoch, offset in places]
 
 
 def order_hash(prompts: Sequence[str], seed: int) -> str:

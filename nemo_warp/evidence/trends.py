@@ -23,6 +23,23 @@ class Thresholds:
     length_change: float | None = 0.5
     judge_gap: float | None = 1.0
     kl_growth: float | None = 3.0
+    sampler_gap: float | None = 0.05
+
+
+def sampler_alarm(point: Mapping[str, Any], limits: Thresholds) -> dict[str, str]:
+    """What a training step is alarming for, as `alarms`: an engine that samples from another law.
+
+    Args:
+        point: with ``sampler_gap_mean`` and ``sampler_gap_max`` where an engine samples, nats.
+    """
+    mean, limit = point.get("sampler_gap_mean"), limits.sampler_gap
+    if mean is None or limit is None or mean <= limit:
+        return {}
+    return {
+        "sampler": f"the engine's log-probabilities are {mean:.3g} nats per token from the model's "
+        f"(at most {point['sampler_gap_max']:.3g}), above {limit:g}: responses are sampled from "
+        "another law than is trained"
+    }
 
 
 def alarms(points: Sequence[Mapping[str, Any]], limits: Thresholds) -> dict[str, str]:

@@ -71,6 +71,10 @@ class Alarms:
     kl_growth: float | None = key(
         3.0, "growth of KL to SFT per step since the last evaluation, over that until then", above=1
     )
+    sampler_gap: float | None = key(
+        0.05, "mean |difference| between an engine's log-probability of a sampled token and the "
+        "model's, at a training step", unit="nats", above=0,
+    )  # fmt: skip
 
 
 @dataclass

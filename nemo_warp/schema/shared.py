@@ -102,6 +102,10 @@ class Algorithm:
     log_prob_temperature: float = key(
         "${rollout.temperature}", "of log-probabilities in KL and gradient", above=0
     )
+    importance_limit: float = key(
+        2.0, "with updates_per_rollout above 1: largest weight of a response, its probability now "
+        "over that when it was sampled", low=1,
+    )  # fmt: skip
     exclude_truncated: bool = key(
         False, "responses cut at max_response_tokens: no baseline, no gradient"
     )

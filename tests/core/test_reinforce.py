@@ -8,6 +8,7 @@ import torch
 from nemo_warp.core.reinforce import (
     Advantages,
     compute_advantages,
+    importance,
     response_mask,
     sequence_kl,
     token_weights,
@@ -183,3 +184,19 @@ def test_top_k_kl_has_the_gradient_of_the_kl_for_any_k(k):
     spread = (probability * (kl - mean) ** 2).sum()
     sampled = (probability * (ratio - mean) ** 2).sum()
     assert spread < 0.5 * sampled if k >= 3 else spread <= sampled * 1.01
+
+
+def test_importance_of_a_response_is_its_ratio_cut_at_the_limit() -> None:
+    """By hand: tokens of ratio 2 and 3/4, 1/2 and 1, 2 and 4; untrained positions do not count."""
+    sampled = torch.tensor([[-1.0, -1.0, -1.0], [-1.0, -1.0, -1.0], [-1.0, -1.0, -1.0]])
+    ratios = torch.tensor([[2.0, 0.75, 9.0], [0.5, 1.0, 9.0], [2.0, 4.0, 9.0]])
+    trained = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [1.0, 1.0, 0.0]])
+    log_probs = sampled + ratios.log()
+    log_probs[0, 2] = -torch.inf
+    weights, sums = importance(log_probs, sampled, trained, 2.0)
+    torch.testing.assert_close(weights, torch.tensor([1.5, 0.5, 2.0]))
+    assert {name: round(value.item(), 5) for name, value in sums.items()} == {
+        "importance_mean": 10.0, "importance_cut": 1.0, "responses": 3.0,
+    }  # fmt: skip
+    none, sums = importance(log_probs, sampled, torch.zeros(3, 3), 2.0)
+    assert none.tolist() == [1.0, 1.0, 1.0] and sums["responses"] == 0

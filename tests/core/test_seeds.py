@@ -1,7 +1,7 @@
 import subprocess
 import sys
 
-from nemo_warp.core.seeds import derive_seed, order_hash, prompt_indices
+from nemo_warp.core.seeds import derive_seed, epoch_order, order_hash, prompt_indices
 
 
 def test_every_prompt_once_per_epoch_whatever_the_batch():
@@ -12,6 +12,14 @@ def test_every_prompt_once_per_epoch_whatever_the_batch():
     assert whole[:10] != whole[10:20]
     for start in range(0, 28, 4):
         assert prompt_indices(3, start, 4, 10) == whole[start : start + 4]
+
+
+def test_one_permutation_per_epoch():
+    """Not one per step: 100 steps of 4 prompts of an epoch of 200, and over its end."""
+    epoch_order.cache_clear()
+    for step in range(100):
+        prompt_indices(5, 4 * step, 4, 200)
+    assert epoch_order.cache_info().misses == 2
 
 
 def test_order_depends_on_the_seed():

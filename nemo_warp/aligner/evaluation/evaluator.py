@@ -15,6 +15,7 @@ from torch import Tensor
 from nemo_warp.aligner.entry.prompts import Prompt
 from nemo_warp.aligner.sampling.rewards import RewardSource
 from nemo_warp.aligner.sampling.rollouts import (
+    Responses,
     Rollouts,
     gather_rows,
     generate,
@@ -73,7 +74,7 @@ class Evaluator:
             RewardFailureRateError: on every rank.
         """
         with self.model.inference():
-            rollouts = generate(
+            sampled = generate(
                 self.model,
                 # Generation by generation: the first ones are those that a single generation would
                 # have been.
@@ -83,8 +84,9 @@ class Evaluator:
                 seed_parts=(self.config.seed, "evaluation"),
                 judged=True,
             )
+            divergences, entropy = self._divergences(sampled.responses, anchor)
+            rollouts = sampled.scored()
             self.rewards.check(rollouts.failed)
-            divergences, entropy = self._divergences(rollouts, anchor)
         if keep is not None and torch.distributed.get_rank() == 0:
             write_responses(keep, self._records(rollouts, divergences["kl_to_sft"]))
         values = self._rewards(rollouts) | {"entropy": entropy}
@@ -123,7 +125,7 @@ class Evaluator:
         }  # fmt: skip
 
     def _divergences(
-        self, rollouts: Rollouts, anchor: ShardedWeights | None
+        self, rollouts: Responses, anchor: ShardedWeights | None
     ) -> tuple[dict[str, Tensor], float]:
         """Each response's divergences by name, float32 [B], and the mean entropy of its tokens."""
         rows = local_rows(len(rollouts.tokens))

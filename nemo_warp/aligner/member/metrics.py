@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from nemo.utils import logging
 from nemo_aligner.utils.train_script_utils import CustomLoggerWrapper
 
-from nemo_warp.evidence.trends import Thresholds, alarms
+from nemo_warp.evidence.trends import Thresholds, alarms, sampler_alarm
 from nemo_warp.records import canonical_json, write_text_atomically
 
 METRICS_FILE = "metrics.jsonl"
@@ -50,11 +50,14 @@ class MetricsLog:
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """One record: ``kind`` is ``train``, ``eval``, ``anchor`` or ``timing``; NaN becomes null.
 
-        A record of an evaluation also holds its ``alarms``, which are warned of.
+        A record of an evaluation also holds its ``alarms``, and one of training if it has any;
+        they are warned of.
         """
         record = {"step": step, "kind": kind, **{k: _finite(v) for k, v in values.items()}}
         if kind == "eval":
             record["alarms"] = self._alarms(record)
+        elif kind == "train" and (found := sampler_alarm(values, self._limits)):
+            record["alarms"] = self._warned(found, step)
         file = TIMINGS_FILE if kind == "timing" else METRICS_FILE
         # One write per line, and closed again: a reader sees whole lines, except perhaps the last,
         # while the member trains.
@@ -75,8 +78,11 @@ class MetricsLog:
         before = [r for r in map(json.loads, lines) if r["kind"] == "eval"]
         before = [r for r in before if r["step"] < record["step"]]
         found = alarms([*before, record], self._limits)
+        return self._warned(found, record["step"])
+
+    def _warned(self, found: dict[str, str], step: int) -> dict[str, str]:
         for text in found.values():
-            logging.warning(f"step {record['step']}: {text}")
+            logging.warning(f"step {step}: {text}")
         return found
 
     def close(self) -> None:

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from torch import Tensor
 
-from nemo_warp.aligner.sampling.rollouts import Rollouts, gather_rows, local_rows
+from nemo_warp.aligner.policy import engine_law
+from nemo_warp.aligner.sampling.rollouts import Responses, Rollouts, gather_rows, local_rows
 from nemo_warp.aligner.sampling.timings import Timings
 from nemo_warp.aligner.weights.sharded import ShardedWeights
 from nemo_warp.config import to_plain
@@ -46,6 +48,23 @@ class Batch:
     metrics: dict[str, float]
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What the policy and the reference say to the responses of a global batch.
+
+    Attributes:
+        kl: float32 [B], KL estimate to the reference of each response (0 without one).
+        direct: what a loss of the KL's own needs, see `ForwardPasses.get_loss_and_metrics`.
+        log_probs: float32 [B, S-1], of the policy that sampled; where they are needed.
+        told: numbers for the log.
+    """
+
+    kl: Tensor
+    direct: dict[str, Tensor]
+    log_probs: Tensor | None
+    told: dict[str, float]
+
+
 class Objective:
     """WARP, Algorithm 1, lines 7 and 8, on the global batch; equal on every rank.
 
@@ -71,13 +90,18 @@ class Objective:
         return "batch_mean" if alone else algorithm.baseline
 
     @torch.no_grad()
-    def batch(self, rollouts: Rollouts) -> Batch:
-        """Loss weights of every token, for the present policy and reference. Collective."""
+    def batch(self, rollouts: Rollouts, scores: Scores | None = None) -> Batch:
+        """Loss weights of every token, for the present policy and reference. Collective.
+
+        Args:
+            scores: of `score`, if that was done.
+        """
         algorithm = self.config.algorithm
         valid = ~rollouts.failed
         if algorithm.exclude_truncated:
             valid = valid & rollouts.is_end
-        kl, direct = self._kl_to_reference(rollouts)
+        scores = scores or self.score(rollouts)
+        kl, direct = scores.kl, scores.direct
         penalty = self.config.length_penalty * rollouts.response_lengths
         regularised = self._rewards(rollouts) - penalty - algorithm.kl_coefficient * kl
         finite = torch.isfinite(regularised)
@@ -90,6 +114,8 @@ class Objective:
             "response_tokens": rollouts.tokens,
             "weights": token_weights(advantages, rollouts.mask, algorithm.policy_reduction),
         }
+        if scores.log_probs is not None:
+            data["sampled_log_probs"] = scores.log_probs
         if direct:
             data |= {**direct, "kl_weights": self._kl_weights(rollouts.mask, advantages.used)}
         # Means over the global batch, which every rank has: nothing needs to be reduced.
@@ -106,7 +132,7 @@ class Objective:
             metrics["not_finite"] = unusable
         if self.reference is not None:
             metrics["kl_to_anchor"] = _mean(kl, torch.isfinite(kl))
-        return Batch(data, kl, metrics)
+        return Batch(data, kl, metrics | scores.told)
 
     def _rewards(self, rollouts: Rollouts) -> Tensor:
         """What is maximised, float32 [B]: the rewards, standardised over the batch where asked."""
@@ -135,19 +161,32 @@ class Objective:
         sums = algorithm.kl_reduction == "sum"
         return weights if sums else weights / mask.sum(-1, keepdim=True).clamp(min=1)
 
-    def _kl_to_reference(self, rollouts: Rollouts) -> tuple[Tensor, dict[str, Tensor]]:
-        """KL estimate of each response, float32 [B], and what a loss of its own needs.
-
-        Each rank computes its own rows.
-        """
-        if self.reference is None:
-            return torch.zeros_like(rollouts.rewards), {}
-        rows = local_rows(len(rollouts.tokens))
-        tokens, mask = rollouts.tokens[rows], rollouts.mask[rows]
+    @torch.no_grad()
+    def score(self, responses: Responses) -> Scores:
+        """Log-probabilities, which need no rewards. Each rank computes its own rows. Collective."""
+        rows = local_rows(len(responses.tokens))
+        tokens, mask = responses.tokens[rows], responses.mask[rows]
+        # Updates after the first one train a policy that has not sampled these responses.
+        weighted = self.config.rollout.updates_per_rollout > 1
+        none = torch.zeros(len(responses.tokens), device=tokens.device)
+        sampler = responses.sampler
+        if self.reference is None and not weighted and sampler is None:
+            return Scores(none, {}, None, {})
         with self.timings.measure("log_prob"):
             log_probs = self.model.get_inference_log_probs(tokens, mask)
+        kept = gather_rows(log_probs) if weighted else None
+        told = {} if sampler is None else sampler_gap(sampler[rows], log_probs, mask)
+        if self.reference is None:
+            return Scores(none, {}, kept, told)
+        kl, direct = self._kl(tokens, mask, log_probs, self.reference)
+        return Scores(kl, direct, kept, told)
+
+    def _kl(
+        self, tokens: Tensor, mask: Tensor, log_probs: Tensor, reference: ShardedWeights
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """KL estimate of each response, float32 [B], and what a loss of its own needs."""
         # Two passes of one model: the reference is never a second model on the device.
-        with self.timings.measure("anchor_log_prob"), self.reference.in_place():
+        with self.timings.measure("anchor_log_prob"), reference.in_place():
             anchor_log_probs = self.model.get_inference_log_probs(tokens, mask)
         algorithm = self.config.algorithm
         if algorithm.kl_estimator not in TOP_K_ESTIMATORS:
@@ -157,7 +196,7 @@ class Objective:
             return gather_rows(kl), {}
         with self.timings.measure("anchor_log_prob"):
             likeliest, top, top_anchor = self._likeliest(
-                tokens, mask, self.reference, _tokens_held(algorithm, self.model, rollouts.mask)
+                tokens, mask, reference, _tokens_held(algorithm, self.model, mask)
             )
         per_token = top_k_kl(log_probs, anchor_log_probs, tokens[:, 1:], likeliest, top, top_anchor)
         kl = over_response(per_token, mask, algorithm.kl_reduction)
@@ -177,11 +216,21 @@ class Objective:
         return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
+def sampler_gap(sampler: Tensor, scorer: Tensor, mask: Tensor) -> dict[str, float]:
+    """Mean and largest |log pi of the engine - log pi of the model| over all ranks. Collective."""
+    parts = gather_rows(engine_law.gap(sampler, scorer, mask)[None])
+    total, count, _ = parts.double().sum(0).tolist()
+    return {
+        "sampler_gap_mean": total / max(count, 1.0),
+        "sampler_gap_max": parts[:, 2].max().item(),
+    }
+
+
 def _tokens_held(algorithm: Any, model: Any, mask: Tensor) -> int:
     """Tokens at each position that the KL is summed over.
 
     Args:
-        mask: [B, S-1] of the global batch, which every rank holds.
+        mask: [B/DP, S-1]; every rank holds the whole batch's.
 
     Raises:
         ValueError: with their log-probabilities they would not fit beside the model.
@@ -189,10 +238,11 @@ def _tokens_held(algorithm: Any, model: Any, mask: Tensor) -> int:
     vocabulary = model.tokenizer.vocab_size
     whole = algorithm.kl_estimator == "exact"
     count = vocabulary if whole else min(algorithm.kl_top_k, vocabulary)
-    held = _BYTES_PER_TOKEN * count * mask.numel()
+    positions = mask.numel() * parallel_state.get_data_parallel_world_size()
+    held = _BYTES_PER_TOKEN * count * positions
     if held > _MOST_BYTES:
         raise ValueError(
-            f"algorithm.kl_estimator would hold {count} tokens for each of {mask.numel()} "
+            f"algorithm.kl_estimator would hold {count} tokens for each of {positions} "
             f"positions ({held / 2**30:.0f} GiB, at most {_MOST_BYTES / 2**30:.0f}); use top_k, "
             "with a smaller algorithm.kl_top_k"
         )

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from nemo.utils import logging
-from nemo_aligner.utils.utils import clear_memory
 from torch import Tensor
 from tqdm import tqdm
 
@@ -26,8 +25,9 @@ from nemo_warp.aligner.member.profile import ProfileWindow
 from nemo_warp.aligner.member.stopping import StopRequest
 from nemo_warp.aligner.member.throughput import Throughput
 from nemo_warp.aligner.member.update import Updater
+from nemo_warp.aligner.policy import device
 from nemo_warp.aligner.sampling.rewards import RewardSource
-from nemo_warp.aligner.sampling.rollouts import Rollouts, generate, local_rows, shown
+from nemo_warp.aligner.sampling.rollouts import Rollouts, Sampled, generate, local_rows, shown
 from nemo_warp.aligner.sampling.timings import Timings
 from nemo_warp.aligner.weights import training_checkpoint
 from nemo_warp.aligner.weights.anchor import EmaAnchor
@@ -158,24 +158,31 @@ class WarpReinforceTrainer:
             RewardFailureRateError: on every rank, before anything was changed.
             FloatingPointError: see `Updater.step`.
         """
-        # As upstream does before each step (algorithms/reinforce.py l.469).
-        clear_memory()
+        gc.collect()  # cheap: `fit` has frozen what was there before
+        if self.model.use_trtllm_generation or device.nearly_full():
+            torch.cuda.empty_cache()  # an engine allocates by itself; else torch reuses its own
         with self.model.inference():
             with self.timings.measure("rollout"):
-                rollouts = self.generate_rollouts()
+                sampled = self.generate_rollouts()
+            scores = self.objective.score(sampled.responses)
+            with self.timings.measure("reward_wait"):
+                rollouts = sampled.scored()
             # Before anything is trained: a batch without rewards must leave no trace in weights or
             # order.
             self.rewards.check(rollouts.failed)
             self.throughput.count(rollouts)
-            batch = self.objective.batch(rollouts)
+            batch = self.objective.batch(rollouts, scores)
         self._check_start(batch)
         with self.timings.measure("train"):
             _, metrics = self.run_training(self.optimizer_batches(batch.data))
         return batch.metrics | metrics | self._told(rollouts)
 
     @torch.no_grad()
-    def generate_rollouts(self) -> Rollouts:
-        """Responses of the present policy to the next prompts of the member's order."""
+    def generate_rollouts(self) -> Sampled:
+        """Responses of the present policy to the next prompts of the member's order.
+
+        Their rewards are under way.
+        """
         run, rollout = self.config.run, self.config.rollout
         # From the step alone: nothing about the data has to be in the checkpoint. (NeMo-Aligner
         # counts responses where its sampler counts prompts, algorithms/reinforce.py l.390.)

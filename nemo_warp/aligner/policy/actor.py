@@ -21,10 +21,15 @@ import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from nemo_aligner.models.nlp.gpt.megatron_gpt_reinforce_actor import MegatronGPTReinforceActorModel
+from nemo_aligner.utils.distributed import (
+    broadcast_2d_tensor_within_mp,
+    broadcast_tensor_within_pp,
+)
 from omegaconf import DictConfig
 from torch import Tensor
 
 from nemo_warp.aligner.entry.special_tokens import Encode, encoder_of, with_begin
+from nemo_warp.aligner.policy import engine_law
 from nemo_warp.aligner.policy.passes import ForwardPasses
 from nemo_warp.aligner.policy.stored_config import needs_begin_token
 from nemo_warp.aligner.weights.sharded import ShardedWeights
@@ -87,6 +92,19 @@ class WarpActorModel(ForwardPasses, MegatronGPTReinforceActorModel):
             for embedding in embeddings:
                 embedding.reduce_scatter_embeddings = True
             self.finish_inference()
+
+    @torch.no_grad()
+    def infer(self, inference_batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As upstream; with an engine also ``sampler``, its own log pi, see `Responses`."""
+        if not (self.use_trtllm_generation and self.cfg.reinforce.measure_sampler):
+            return super().infer(inference_batch)
+        from nemo.export.trt_llm import tensorrt_llm_run
+
+        decoder = engine_law.ask(tensorrt_llm_run.tensorrt_llm_worker_context)
+        output = super().infer(inference_batch)
+        # As the tokens themselves: from the first pipeline stage, then to all of the model's ranks.
+        placed = broadcast_tensor_within_pp(decoder.placed(output), from_last=False)
+        return output | {"sampler": broadcast_2d_tensor_within_mp(placed)}
 
     def _without_reduce_scatter(self) -> list[Any]:
         """Embeddings that were told to leave the sequence whole, as sequence parallelism is off.

@@ -49,6 +49,12 @@ def memory_bytes() -> float | None:
     return float(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
 
 
+def nearly_full() -> bool:
+    """Whether torch holds nine tenths of the device, which may be in pieces that nothing fits."""
+    total = memory_bytes()
+    return total is not None and torch.cuda.memory_reserved() > 0.9 * total
+
+
 def peak_memory() -> int:
     """Bytes that tensors took at most since the last call; without a GPU, the process ever."""
     if not torch.cuda.is_available():

@@ -110,7 +110,11 @@ def target_log_probs(
 
 
 class _TargetLogProbs(torch.autograd.Function):
-    """See `target_log_probs`. Keeps references to what it is given, and the normaliser [N]."""
+    """See `target_log_probs`. Keeps references to what it is given, and the normaliser [N].
+
+    Where one chunk is all there is, its exponentials are kept, too, and not computed again: they
+    take no more room than the chunk that the backward pass would make of them.
+    """
 
     @staticmethod
     def forward(
@@ -120,6 +124,7 @@ class _TargetLogProbs(torch.autograd.Function):
         # exactly.
         peak, total = torch.zeros(2, len(index), device=states.device).unbind()
         chosen = torch.zeros(_several(targets).shape, device=states.device)
+        ctx.kept = None
         for rows in layer.chunks(len(index)):
             if not layer.columns:
                 peak[rows] = -torch.inf
@@ -129,6 +134,8 @@ class _TargetLogProbs(torch.autograd.Function):
             chosen[rows] = logits.gather(1, column).where(here, 0.0)
             peak[rows] = logits.amax(1)
             total[rows] = logits.sub_(peak[rows, None]).exp_().sum(1)
+            if len(logits) == len(index) and not layer.soft_cap:
+                ctx.kept = logits
             del logits  # or it would live beside the next chunk's
         top, total, chosen = _sum_over_ranks(peak, total, chosen)
         norm = total.log()
@@ -136,16 +143,16 @@ class _TargetLogProbs(torch.autograd.Function):
         # A target in the padding has no probability (a prompt cannot hold one).
         log_probs = log_probs.where(targets < layer.vocabulary, -torch.inf)
         ctx.layer = layer
-        ctx.save_for_backward(states, weight, index, targets, top + norm)
+        ctx.save_for_backward(states, weight, index, targets, peak, top + norm)
         best = -norm
         ctx.mark_non_differentiable(best)
         return log_probs, best
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        states, weight, index, targets, normaliser = ctx.saved_tensors
-        layer = ctx.layer
-        # Logits are computed again: keeping them would be what the chunks are there to avoid.
+        states, weight, index, targets, peak, normaliser = ctx.saved_tensors
+        layer, kept = ctx.layer, ctx.kept
+        ctx.kept = None  # changed below
         grad_states = torch.zeros_like(states)
         # fp32, as the chunks' shares are added up in it.
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
@@ -154,28 +161,30 @@ class _TargetLogProbs(torch.autograd.Function):
             chunk = states.index_select(0, index[rows])
             here, column = layer.place(_several(targets)[rows])
             wanted = _several(gradient)[rows]
-            delta = _grad_logits(layer, chunk, here, column, normaliser[rows], wanted)
+            if kept is None:
+                logits = layer.logits(chunk)
+                slope = layer.slope(logits)
+                law = logits.sub_(normaliser[rows, None]).exp_()
+            else:
+                slope = layer.slope(kept)
+                law = kept.mul_((peak - normaliser).exp_()[:, None])
+            delta = _grad_logits_(law, here, column, wanted).mul_(slope).to(layer.dtype)
             grad_states.index_copy_(0, index[rows], delta @ own)
             _add_product_(grad_weight[: layer.columns], delta.t(), chunk)
-            del delta
+            del law, delta
         return grad_states, grad_weight.to(weight.dtype), None, None, None
 
 
-def _grad_logits(
-    layer: OutputLayer,
-    states: Tensor,
-    here: Tensor,
-    column: Tensor,
-    normaliser: Tensor,
-    gradient: Tensor,
-) -> Tensor:
-    """Gradient of the matrix product's output [n, columns], of its dtype; the targets' [n, K]."""
-    logits = layer.logits(states)
-    slope = layer.slope(logits)
-    delta = logits.sub_(normaliser[:, None]).exp_().mul_(-gradient.sum(1, keepdim=True))
-    if layer.columns:
-        delta.scatter_add_(1, column, gradient.where(here, 0.0))
-    return delta.mul_(slope).to(layer.dtype)
+def _grad_logits_(law: Tensor, here: Tensor, column: Tensor, gradient: Tensor) -> Tensor:
+    """Gradient of the logits [n, columns], made of their softmax in place.
+
+    Args:
+        here, column, gradient: [n, K], see `OutputLayer.place`, and of the targets' log pi.
+    """
+    law.mul_(-gradient.sum(1, keepdim=True))
+    if law.size(1):
+        law.scatter_add_(1, column, gradient.where(here, 0.0))
+    return law
 
 
 def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:

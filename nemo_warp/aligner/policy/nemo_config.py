@@ -78,6 +78,8 @@ def _model_overrides(
         # whose reduction may be under way still (it waits in its step, after the clipping).
         "async_grad_allreduce": False,
         "dist_ckpt_format": "torch_dist",
+        # Else the first data-parallel rank writes alone what all of them hold.
+        "dist_ckpt_parallel_save": True,
         "optim": _optimizer(plain["optim"], max_steps),
         "reinforce": _reinforce(plain, longest_prompt),
         # NeMo-Aligner merges sections key by key otherwise: keys of the checkpoint's optimizer
@@ -120,6 +122,8 @@ def _reinforce(plain: dict[str, Any], longest_prompt: int) -> dict[str, Any]:
         "forward_micro_batch_size": rollout["forward_micro_batch_size"],
         "forward_tokens": rollout["forward_tokens"],  # ours, as the next
         "train_tokens": rollout["train_tokens"],
+        "measure_sampler": (plain.get("alarms") or {}).get("sampler_gap") is not None,
+        "importance_limit": plain["algorithm"]["importance_limit"],
         "offload_adam_states": plain["optim"]["name"] == _DISTRIBUTED_ADAM,
         "log_prob_temperature": plain["algorithm"]["log_prob_temperature"],
         # min_length 0: a longer one would forbid EOS, so that responses come from another

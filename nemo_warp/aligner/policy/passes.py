@@ -34,6 +34,7 @@ from nemo_warp.aligner.policy.log_probs import (
 )
 from nemo_warp.aligner.policy.micro_batches import MicroBatch, needed_inputs, plan_micro_batches
 from nemo_warp.aligner.weights.sharded import bare_module
+from nemo_warp.core.reinforce import IMPORTANCE_SUMS, importance
 
 
 class ForwardPasses:
@@ -58,10 +59,13 @@ class ForwardPasses:
         Args:
             batch: ``response_tokens`` int64 [B, S]; ``weights`` float32 [B, S-1]; optionally
                 ``kl_weights`` [B, S-1], ``kl_tokens`` int64 and ``kl_anchor`` float32 [B, S-1, K],
-                tokens at each position and the anchor's log pi of them.
+                tokens at each position and the anchor's log pi of them. With ``sampled_log_probs``
+                float32 [B, S-1], of the policy that sampled, each response's part counts by
+                `importance`, and the metrics tell of it.
         """
         weights = batch["weights"]
         others = {key: batch[key] for key in batch if key != "response_tokens"}
+        limit = self.cfg.reinforce.importance_limit
         direct = batch.get("kl_weights", torch.zeros_like(weights))
         others["trained"] = ((weights != 0) | (direct != 0)).float()
         plan = self._plan(
@@ -72,24 +76,36 @@ class ForwardPasses:
 
         def loss_func(micro: dict[str, Tensor], log_probs: Tensor) -> tuple[Tensor, dict]:
             # A plain sum: the weights were normalised over the global batch.
-            loss = -(log_probs[..., 0] * micro["weights"]).sum()
+            own = log_probs[..., 0]
+            losses = -own * micro["weights"]
             if "kl_weights" in micro:
                 top = log_probs[..., 1:]
                 # The gradient goes through pi only: d is held fixed, as its own gradient has
                 # expectation 0.
                 kl = (top.exp() * (top.detach() - micro["kl_anchor"])).sum(-1)
-                loss = loss + (kl * micro["kl_weights"]).sum()
-            return loss * scale, {"loss": loss.detach()}
+                losses = losses + kl * micro["kl_weights"]
+            told: dict[str, Tensor] = {}
+            if "sampled_log_probs" in micro:
+                ratio, told = importance(own, micro["sampled_log_probs"], micro["trained"], limit)
+                losses = losses * ratio[:, None]
+            loss = losses.sum()
+            return loss * scale, {"loss": loss.detach(), **told}
 
         parts = self._run(plan, batch["response_tokens"], others,
                           self._target_step("trained", loss_func), forward_only)  # fmt: skip
-        losses = [part["loss"] for part in parts]
-        loss = torch.stack(losses).sum() if losses else torch.zeros((), device=weights.device)
-        if losses:
-            torch.distributed.all_reduce(loss, group=parallel_state.get_data_parallel_group())
+        names = ["loss", *(IMPORTANCE_SUMS if "sampled_log_probs" in batch else ())]
+        sums = torch.zeros(len(names), device=weights.device)
+        for part in parts:
+            sums += torch.stack([part[name] for name in names])
+        if parts:
+            torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
         # Only the last pipeline stage has losses; NeMo-Aligner broadcasts them the same way.
-        torch.distributed.broadcast(loss, get_last_rank())
-        return loss.item(), {"loss": loss.item()}
+        torch.distributed.broadcast(sums, get_last_rank())
+        found = dict(zip(names, sums.tolist(), strict=True))
+        if "sampled_log_probs" in batch:
+            responses = max(found.pop("responses"), 1.0)
+            found |= {name: found[name] / responses for name in IMPORTANCE_SUMS if name in found}
+        return found["loss"], found
 
     def get_inference_log_probs(
         self, response_tokens: Tensor, mask: Tensor | None = None, **score: Any

@@ -7,7 +7,7 @@ must be global (rewards, KL, baselines) is gathered.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,26 +22,21 @@ from nemo_warp.core.seeds import derive_seed
 
 
 @dataclass(frozen=True)
-class Rollouts:
-    """Responses and their rewards: the whole batch of B samples, equal on every rank.
+class Responses:
+    """The whole batch of B samples, equal on every rank.
 
     Attributes:
         tokens: int64 [B, S], prompt, response, then end-of-sequence padding.
         prompt_lengths, lengths: int64 [B]; ``lengths`` counts prompt and response.
         is_end: bool [B], the response ended by itself.
-        rewards: float32 [B], NaN where failed.
-        failed: bool [B], no reward could be had.
-        parts: float32 [B, K], each reward (and judge) by itself, NaN where failed; None for
-            rollouts that nobody scored.
+        sampler: float32 [B, S-1], an engine's own log pi of the response tokens; None without one.
     """
 
     tokens: Tensor
     prompt_lengths: Tensor
     lengths: Tensor
     is_end: Tensor
-    rewards: Tensor
-    failed: Tensor
-    parts: Tensor | None = None
+    sampler: Tensor | None = field(default=None, kw_only=True)
 
     @property
     def mask(self) -> Tensor:
@@ -52,6 +47,41 @@ class Rollouts:
     def response_lengths(self) -> Tensor:
         """Response tokens, int64 [B]."""
         return self.lengths - self.prompt_lengths
+
+
+@dataclass(frozen=True)
+class Rollouts(Responses):
+    """Responses and their rewards.
+
+    Attributes:
+        rewards: float32 [B], NaN where failed.
+        failed: bool [B], no reward could be had.
+        parts: float32 [B, K], each reward (and judge) by itself, NaN where failed; None for
+            rollouts that nobody scored.
+    """
+
+    rewards: Tensor
+    failed: Tensor
+    parts: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Responses whose rewards are under way: there is time to do something else."""
+
+    responses: Responses
+    pending: list[PendingRewards]
+
+    def scored(self) -> Rollouts:
+        """Wait for the rewards. Collective."""
+        scores = [p.wait() for p in self.pending]
+        return Rollouts(
+            **vars(self.responses),
+            rewards=gather_rows(torch.cat([s.scores for s in scores])),
+            # bool travels as bytes: NCCL and gloo have no collective for it.
+            failed=gather_rows(torch.cat([s.failed.byte() for s in scores])).bool(),
+            parts=gather_rows(torch.cat([s.parts for s in scores])),
+        )
 
 
 def response_of(rollouts: Rollouts, row: int, actor: WarpActorModel) -> str:
@@ -100,8 +130,8 @@ def generate(
     seed_parts: tuple[int | str, ...],
     pad_multiple: int = 1,
     judged: bool = False,
-) -> Rollouts:
-    """Sample one response per entry of ``prompts`` and score them.
+) -> Sampled:
+    """Sample one response per entry of ``prompts`` and have them scored.
 
     Scoring overlaps with generation: a micro batch is sent off as soon as it is complete.
 
@@ -130,17 +160,16 @@ def generate(
         outputs.append(output)
         # Not waited for here: the server scores this micro batch while the next one is generated.
         pending.append(rewards.submit(actor, batch, output, judged))
-    scores = [p.wait() for p in pending]
-    return Rollouts(
-        tokens=gather_rows(_pad_to_longest(outputs, actor.tokenizer.eos_id, pad_multiple)),
+    tokens = gather_rows(_pad_to_longest(outputs, actor.tokenizer.eos_id, pad_multiple))
+    responses = Responses(
+        tokens=tokens,
         prompt_lengths=gather_rows(torch.cat([o["prompt_lengths"] for o in outputs])),
         lengths=gather_rows(torch.cat([o["response_lengths"] for o in outputs])),
         # As bytes: what collectives do with bool differs between backends and versions of torch.
         is_end=gather_rows(torch.cat([o["is_end"].byte() for o in outputs])).bool(),
-        rewards=gather_rows(torch.cat([s.scores for s in scores])),
-        failed=gather_rows(torch.cat([s.failed.byte() for s in scores])).bool(),
-        parts=gather_rows(torch.cat([s.parts for s in scores])),
+        sampler=_sampler_log_probs(outputs, tokens.size(1) - 1),
     )
+    return Sampled(responses, pending)
 
 
 def within_limit(output: dict[str, Tensor], limit: int, eos_id: int) -> dict[str, Tensor]:
@@ -182,6 +211,15 @@ def _collate(actor: WarpActorModel, prompts: list[Prompt]) -> dict[str, Tensor]:
     for row, prompt in zip(text, prompts, strict=True):
         row[: len(prompt.tokens)] = torch.tensor(prompt.tokens)
     return {"text": text, "length": lengths}
+
+
+def _sampler_log_probs(outputs: list[dict[str, Tensor]], width: int) -> Tensor | None:
+    """The whole batch's [B, width], where the actor's `infer` has them."""
+    if "sampler" not in outputs[0]:
+        return None
+    rows = [o["sampler"][:, :width] for o in outputs]
+    padded = [torch.nn.functional.pad(r, (0, width - r.size(1))) for r in rows]
+    return gather_rows(torch.cat(padded))
 
 
 def _pad_to_longest(outputs: list[dict[str, Tensor]], eos_id: int, multiple: int) -> Tensor:

@@ -5,6 +5,8 @@ them is what it does on a GPU.
 """
 
 import gc
+import os
+import signal
 
 import member_lab as lab
 import numpy as np
@@ -32,66 +34,127 @@ def _config(materials, directory, layout, optimizer, **changes):
 
 
 def _train(trainer, first, last):
-    """Gradient norms of the steps."""
-    norms = []
+    """Gradient norms of the steps, and the gradients of the masters in the last one."""
+    from nemo_warp.aligner.weights.masters import _masters
+
+    norms, gradients, norm = [], [], trainer.updater._norm
+
+    def kept():
+        found = norm()
+        gradients[:] = [m.weights.grad.float().numpy().copy() for m in _masters(trainer.model)]
+        return found
+
+    trainer.updater._norm = kept
     for step in range(first, last):
         batch = trainer.objective.batch(lab.given_rollouts(step))
         _, metrics = trainer.run_training(trainer.optimizer_batches(batch.data))
         norms.append(metrics["grad_norm"])
-    return norms
+    trainer.updater._norm = norm
+    return norms, gradients
 
 
 def _state(trainer):
-    anchor = [t.clone() for t in trainer.anchor.weights.tensors(torch.float32)]
-    return lab.local_tensors(trainer.model), [t.numpy() for t in anchor]
+    """Weights, masters and anchor on this rank."""
+    from nemo_warp.aligner.weights.masters import copy_masters
+
+    weights = (copy_masters(trainer.model), trainer.anchor.weights)
+    return [
+        lab.local_tensors(trainer.model),
+        *(lab.state_tensors(w.sharded_state_dict("")) for w in weights),
+    ]
 
 
-def interrupted(materials, directory, layout, optimizer, also=()):
-    """Uninterrupted, with a save (and an evaluation's swap) in the middle, and resumed."""
+def _save(trainer, directory):
     from nemo_warp.aligner.weights import training_checkpoint
+
+    state = {"step": SAVE_AFTER, "evaluated": True, "rewards": None}
+    trainer.model.prepare_for_training()
+    saved = training_checkpoint.save(
+        directory / "checkpoints", trainer.model, trainer.anchor, state, keep=2
+    )
+    trainer.model.finish_training()
+    return saved
+
+
+def uninterrupted_and_saved(materials, directory, layout, optimizer):
+    """A run without a break; one with a save, a swap and an export in the middle; their masters."""
     from nemo_warp.aligner.weights.export import export_policy
 
-    config = _config(materials, directory, layout, optimizer, also=list(also))
+    config = _config(materials, directory, layout, optimizer)
     plain = lab.build_trainer(config)
-    results = {"plain": (_train(plain, 0, STEPS), *_state(plain))}
-    dtypes = {p.dtype for p in plain.model.parameters()}
+    results = {"plain": (_train(plain, 0, STEPS), _state(plain))}
+    assert {p.dtype for p in plain.model.parameters()} == {torch.bfloat16}
+    del plain
 
     saved = lab.build_trainer(config)
-    norms = _train(saved, 0, SAVE_AFTER)
-    state = {"step": SAVE_AFTER, "evaluated": True, "rewards": None}
-    checkpoints = directory / "checkpoints"
-    saved.model.prepare_for_training()
-    checkpoint = training_checkpoint.save(checkpoints, saved.model, saved.anchor, state, keep=2)
-    saved.model.finish_training()
+    norms, _ = _train(saved, 0, SAVE_AFTER)
+    checkpoint = _save(saved, directory)
     with saved.anchor.weights.in_place():
         pass
     export_policy(saved.model, materials.sft, directory / "policy.nemo", "float32", checkpoint)
-    results["saved"] = (norms + _train(saved, SAVE_AFTER, STEPS), *_state(saved))
+    masters = _state(saved)[1]
+    rest, gradients = _train(saved, SAVE_AFTER, STEPS)
+    results["saved"] = ((norms + rest, gradients), _state(saved))
+    return results, masters
 
-    resumed = lab.build_trainer(config)
-    training_checkpoint.load(checkpoint, resumed.model, resumed.anchor)
-    results["resumed"] = (_train(resumed, SAVE_AFTER, STEPS), *_state(resumed))
-    return results, dtypes
+
+def killed(materials, directory, layout, optimizer):
+    """Every rank dies in the step after the save."""
+    trainer = lab.build_trainer(_config(materials, directory, layout, optimizer))
+    _train(trainer, 0, SAVE_AFTER)
+    _save(trainer, directory)
+    _train(trainer, SAVE_AFTER, SAVE_AFTER + 1)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def resumed(materials, directory, layout, optimizer):
+    from nemo_warp.aligner.weights import training_checkpoint
+
+    trainer = lab.build_trainer(_config(materials, directory, layout, optimizer))
+    checkpoint = training_checkpoint.completed_checkpoints(directory / "checkpoints")[-1]
+    training_checkpoint.load(checkpoint, trainer.model, trainer.anchor)
+    return _train(trainer, SAVE_AFTER, STEPS), _state(trainer)
+
+
+def exported(path):
+    import tiny_models
+
+    return lab.local_tensors(tiny_models.load_tiny_nemo(path))
+
+
+def _same(found, expected):
+    for left, right in zip(found, expected, strict=True):
+        if isinstance(left, tuple):  # name, shape, place, values
+            assert left[:3] == right[:3]
+            left, right = left[3], right[3]
+        assert np.array_equal(left, right)
 
 
 @pytest.mark.parametrize("data", [1, 2])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_save_and_a_resume_change_nothing(materials, tmp_path, optimizer, data):
-    """Gradients, weights and anchor, bit for bit; gradients are never 0."""
+def test_save_export_kill_and_resume_change_nothing(materials, tmp_path, optimizer, data):
+    """Gradients, weights, masters and anchor, bit for bit; gradients are never 0."""
     layout = Layout(1, 1, data)
-    for results, dtypes in run_ranks(
-        interrupted, layout.ranks, materials, tmp_path, layout, optimizer
-    ):
-        assert dtypes == {torch.bfloat16}
-        norms, weights, anchor = results["plain"]
+    given = materials, tmp_path, layout, optimizer
+    runs = run_ranks(uninterrupted_and_saved, layout.ranks, *given)
+    other = materials, tmp_path / "killed", layout, optimizer
+    with pytest.raises(RankError, match="died without a word"):
+        run_ranks(killed, layout.ranks, *other)
+    again = run_ranks(resumed, layout.ranks, *other)
+    for (results, _), after in zip(runs, again, strict=True):
+        (norms, gradients), state = results["plain"]
         assert all(norm > 0 for norm in norms)
-        assert results["saved"][0] == norms
-        assert results["resumed"][0] == norms[SAVE_AFTER:]
-        for name in ("saved", "resumed"):
-            for found, expected in zip(results[name][1], weights, strict=True):
-                assert np.array_equal(found[3], expected[3]), (name, expected[0])
-            for found, expected in zip(results[name][2], anchor, strict=True):
-                assert np.array_equal(found, expected), name
+        assert results["saved"][0][0] == norms
+        assert after[0][0] == norms[SAVE_AFTER:]
+        for (_, found_gradients), found in (results["saved"], after):
+            _same(found_gradients, gradients)
+            for part, expected in zip(found, state, strict=True):
+                _same(part, expected)
+    whole = lab.assemble(run_ranks(exported, 1, tmp_path / "policy.nemo"))
+    masters = lab.assemble([masters for _, masters in runs])
+    assert whole.keys() == masters.keys()
+    for key, values in masters.items():
+        assert np.array_equal(whole[key], values), key
 
 
 def trained(materials, directory, layout, optimizer, sequence_parallel):
@@ -100,10 +163,11 @@ def trained(materials, directory, layout, optimizer, sequence_parallel):
     start = lab.local_tensors(trainer.model)
     with trainer.model.inference():  # log-probabilities under sequence parallelism
         scored = trainer.model.get_inference_log_probs(lab.given_rollouts(0).tokens)
-    return _train(trainer, 0, STEPS), start, lab.local_tensors(trainer.model), scored
+    return _train(trainer, 0, STEPS)[0], start, lab.local_tensors(trainer.model), scored
 
 
-def test_layouts_agree_to_bf16(materials, tmp_path):
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_layouts_agree_to_bf16(materials, tmp_path, optimizer):
     """TP 2, PP 2 (tied embeddings), TP 2 with sequence parallelism, against one rank."""
     layouts = {
         "one": (Layout(), False),
@@ -112,7 +176,7 @@ def test_layouts_agree_to_bf16(materials, tmp_path):
         "tp2 sp": (Layout(2), True),
     }
     found = {
-        name: run_ranks(trained, layout.ranks, materials, tmp_path, layout, "adam", sp)
+        name: run_ranks(trained, layout.ranks, materials, tmp_path, layout, optimizer, sp)
         for name, (layout, sp) in layouts.items()
     }
     one = found["one"]
@@ -190,7 +254,7 @@ def poisoned(materials, directory):
     same = all(np.array_equal(a[3], b[3]) for a, b in zip(before, after, strict=True))
     kept = zip(moments, trainer.updater.optimizer.optimizer.state.values(), strict=True)
     same = same and all(torch.equal(m, s["exp_avg"]) for m, s in kept)
-    good = _train(trainer, 1, 2)[0]
+    good = _train(trainer, 1, 2)[0][0]
     for _ in range(2):
         trainer.run_training(trainer.optimizer_batches(bad))
     try:

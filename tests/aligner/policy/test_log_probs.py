@@ -1,5 +1,8 @@
 """The chunked log-probabilities against the plain ones: values, gradients, layouts, memory."""
 
+import dataclasses
+import types
+
 import member_lab as lab
 import pytest
 import tiny_models
@@ -29,8 +32,8 @@ def _layer(weight, first, soft_cap):
     return OutputLayer(weight, first, VOCABULARY, TEMPERATURE, soft_cap, weight.dtype)
 
 
-def chunked(soft_cap, monkeypatch):
-    """Log-probabilities, gradients of this rank, likeliest, and KL; chunks of 3 positions."""
+def chunked(soft_cap, positions, monkeypatch):
+    """Log-probabilities, gradients of this rank, likeliest, and KL; so many positions a chunk."""
     from megatron.core import parallel_state
 
     from nemo_warp.aligner.policy import log_probs
@@ -39,7 +42,7 @@ def chunked(soft_cap, monkeypatch):
     size = torch.distributed.get_world_size()
     parallel_state.initialize_model_parallel(size)
     columns = PADDED // size
-    monkeypatch.setattr(log_probs, "CHUNK_LOGITS", 3 * columns)
+    monkeypatch.setattr(log_probs, "CHUNK_LOGITS", positions * columns)
     states, weight, other, index, targets, factors = _problem()
     first = torch.distributed.get_rank() * columns
     states.requires_grad_()
@@ -75,9 +78,9 @@ def plain(soft_cap):
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])  # of 4, one is half padding and one all of it
-@pytest.mark.parametrize("soft_cap", [0.0, 5.0])
-def test_values_and_gradients_are_the_plain_ones(nemo, monkeypatch, ranks, soft_cap):
-    parts = run_ranks(chunked, ranks, soft_cap, monkeypatch)
+@pytest.mark.parametrize(("soft_cap", "positions"), [(0.0, 3), (5.0, 3), (0.0, 100)])
+def test_values_and_gradients_are_the_plain_ones(nemo, monkeypatch, ranks, soft_cap, positions):
+    parts = run_ranks(chunked, ranks, soft_cap, positions, monkeypatch)
     log_probs, best, grad_states, grad_weight, kl = plain(soft_cap)
 
     def close(left, right):
@@ -173,3 +176,162 @@ def test_any_layout_has_the_plain_gradients(request, tmp_path, monkeypatch, whic
         assert found.keys() == expected.keys()
         for key in expected:
             assert lab.relative_error(found[key], expected[key]) < 2e-5, (layout, also, key)
+
+
+def second_update(materials, directory, layout):
+    """Gradients of the second update from one rollout, and the plain ones with the ratio."""
+    rollout = {"prompts_per_step": 4, "samples_per_prompt": 2, "updates_per_rollout": 2}
+    config = lab.member_config(
+        materials, directory, layout, rollout=rollout, algorithm={"importance_limit": 1.2},
+        optim={"name": "adamw", "lr": 0.01, "warmup_steps": 0},
+    )  # fmt: skip
+    trainer = lab.build_trainer(config)
+    model, rollouts = trainer.model, lab.given_rollouts(0)
+    batch = trainer.objective.batch(rollouts).data
+    first, second = trainer.optimizer_batches(batch)
+    _, metrics = trainer.run_training([first])
+    start = [metrics[name] for name in ("importance_mean", "importance_cut")]
+    model.prepare_for_training()
+    trainer.updater.optimizer.zero_grad()
+    model.prepare_for_training_step()
+    loss, told = model.get_loss_and_metrics(second, forward_only=False)
+    model.finish_training_step()
+    found = loss, told, _as_weights(model, [p.grad.clone() for p in model.parameters()])
+    if layout.ranks > 1:
+        return start, found, None
+    trainer.updater.optimizer.zero_grad()
+    tokens, mask = second["response_tokens"], rollouts.mask[4:]
+    attention, _, positions = model.get_ltor_masks_and_position_ids(tokens)
+    logits = model.model(tokens, positions, attention, labels=None)[:, :-1]
+    law = (logits.double() / TEMPERATURE).log_softmax(-1)
+    log_probs = law.gather(-1, tokens[:, 1:, None]).squeeze(-1)
+    ratio = ((log_probs.detach() - second["sampled_log_probs"]) * mask).sum(-1).exp()
+    loss = -(second["weights"] * log_probs * ratio.clamp(max=1.2)[:, None]).sum()
+    loss.backward()
+    plain = loss.item(), ratio, _as_weights(model, [p.grad for p in model.parameters()])
+    return start, found, plain
+
+
+def test_later_updates_weigh_responses_by_their_probability(materials, tmp_path):
+    ranks = {
+        layout: run_ranks(second_update, layout.ranks, materials, tmp_path, layout)
+        for layout in (Layout(), Layout(1, 2), Layout(1, 1, 2))
+    }
+    loss, ratio, gradients = ranks[Layout()][0][2]
+    assert (ratio > 1.2).any() and (ratio < 1.2).any(), "the limit has to matter"
+    expected = lab.assemble([gradients])
+    for layout, found in ranks.items():
+        for start, (own, told, _), _ in found:
+            assert start == [pytest.approx(1.0, abs=1e-5), 0.0], "nothing has moved yet"
+            assert own == pytest.approx(loss, abs=1e-4)
+            assert told["importance_mean"] == pytest.approx(ratio.mean().item(), rel=1e-3)
+            assert told["importance_cut"] == pytest.approx((ratio > 1.2).double().mean().item())
+        whole = lab.assemble([rank[1][2] for rank in found])
+        for key in expected:
+            assert lab.relative_error(whole[key], expected[key]) < 2e-3, (layout, key)
+
+
+class Engine:
+    """What TensorRT-LLM's decoder answers, as it is read; its C++ and Python count differently."""
+
+    def __init__(self, log_probs, prompt_lengths, whole):
+        self.rows, self.prompts, self.whole, self.asked = log_probs, prompt_lengths, whole, {}
+
+    def generate(self, *, sampling_config, batch_input_ids, streaming):
+        width = self.rows.size(1) + 1
+        generated = [row[p - 1 :] for row, p in zip(self.rows, self.prompts, strict=True)]
+        if self.whole:
+            found = torch.nn.functional.pad(self.rows, (1, 0))
+        else:
+            found = torch.zeros(len(self.rows), width - 2)
+            for row, values in zip(found, generated, strict=True):
+                row[: len(values)] = values
+        ids = torch.zeros(len(self.rows), 1, width, dtype=torch.int32)
+        return (
+            {"output_ids": ids, "log_probs": found[:, None]} if self.asked else {"output_ids": ids}
+        )
+
+    def update(self, **options):  # of a SamplingConfig
+        self.asked |= options
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_engines_law_is_held_against_the_models(nemo, whole):
+    """Differences of 0.01, and one of 0.5: their mean and the largest, and the alarm."""
+    from nemo_warp.aligner.policy import engine_law
+    from nemo_warp.evidence.trends import Thresholds, sampler_alarm
+
+    rollouts = lab.given_rollouts(0)
+    scored = -torch.rand(rollouts.mask.shape) * rollouts.mask
+    theirs = scored + 0.01
+    theirs[0, int(rollouts.prompt_lengths[0])] += 0.49
+    engine = Engine(theirs, rollouts.prompt_lengths, whole)
+    worker = types.SimpleNamespace(decoder=engine)
+    decoder = engine_law.ask(worker)
+    assert engine_law.ask(worker) is decoder is worker.decoder
+    decoder.generate(sampling_config=engine, batch_input_ids=[], streaming=False)
+    output = {
+        "prompt_lengths": rollouts.prompt_lengths, "response_lengths": rollouts.lengths,
+        "response_tokens": rollouts.tokens,
+    }  # fmt: skip
+    placed = decoder.placed(output)
+    torch.testing.assert_close(placed, theirs * rollouts.mask)
+    total, count, largest = engine_law.gap(placed, scored, rollouts.mask).tolist()
+    assert count == rollouts.mask.sum()
+    assert total == pytest.approx(0.01 * count + 0.49, rel=1e-4)
+    assert largest == pytest.approx(0.5, abs=1e-6)
+    told = {"sampler_gap_mean": total / count, "sampler_gap_max": largest}
+    assert not sampler_alarm(told, Thresholds()) and not sampler_alarm({}, Thresholds())
+    assert "another law" in sampler_alarm(told, Thresholds(sampler_gap=0.01))["sampler"]
+    engine.update = lambda **_: None
+    engine.asked = {}
+    with pytest.raises(RuntimeError, match="gave no log-probabilities"):
+        decoder.generate(sampling_config=engine, batch_input_ids=[], streaming=False)
+
+
+def sampled_by_an_engine(materials, directory):
+    """A step's metrics where the actor's `infer` brings an engine's log-probabilities."""
+    trainer = lab.build_trainer(lab.member_config(materials, directory))
+    rollouts = lab.given_rollouts(0)
+    with trainer.model.inference():
+        own = trainer.model.get_inference_log_probs(rollouts.tokens, rollouts.mask)
+    half = dataclasses.replace(rollouts, sampler=own + 0.25 * rollouts.mask)
+    return trainer.objective.batch(half).metrics, trainer.objective.batch(rollouts).metrics
+
+
+def test_the_gap_is_in_every_steps_metrics(materials, tmp_path):
+    with_engine, without = run_ranks(sampled_by_an_engine, 1, materials, tmp_path)[0]
+    assert with_engine["sampler_gap_mean"] == pytest.approx(0.25, abs=1e-5)
+    assert with_engine["sampler_gap_max"] == pytest.approx(0.25, abs=1e-5)
+    assert not [name for name in without if name.startswith("sampler")]
+
+
+def one_step(materials, directory, monkeypatch):
+    """What a step waits for, in order, with rewards that come last."""
+    from nemo_warp.aligner.sampling.rewards import LocalScores, PendingRewards
+    from nemo_warp.aligner.sampling.rollouts import Responses, Sampled
+
+    trainer, events = lab.build_trainer(lab.member_config(materials, directory)), []
+    given = lab.given_rollouts(0)
+    fields = [field.name for field in dataclasses.fields(Responses)]
+    responses = Responses(**{name: getattr(given, name) for name in fields})
+
+    def wait():
+        events.append("rewards")
+        return LocalScores(given.rewards, given.failed, given.rewards[:, None])
+
+    scoring = trainer.model.score
+    monkeypatch.setattr(trainer.model, "score", lambda *a: events.append("score") or scoring(*a))
+    trainer.generate_rollouts = lambda: Sampled(responses, [PendingRewards(wait)])
+    trainer.rewards = types.SimpleNamespace(
+        check=lambda _: events.append("check"), means=lambda _: {}, deviations=lambda _: {}
+    )
+    metrics = trainer.train_step()
+    return events, metrics["reward"], given.rewards.mean().item(), trainer.timings.take()
+
+
+def test_rewards_are_waited_for_after_the_log_probabilities(materials, tmp_path, monkeypatch):
+    events, found, expected, seconds = run_ranks(one_step, 1, materials, tmp_path, monkeypatch)[0]
+    assert events == ["score", "score", "rewards", "check"]  # of the policy, of the anchor
+    assert found == pytest.approx(expected)
+    assert {"log_prob", "anchor_log_prob", "reward_wait", "train"} <= seconds.keys()
