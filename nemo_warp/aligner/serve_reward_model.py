@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from omegaconf import OmegaConf
 
 from nemo_warp.aligner.entry.job import job_size
@@ -18,8 +19,10 @@ from nemo_warp.aligner.entry.validation import (
     data_parallel_size,
     read_model_config,
 )
-from nemo_warp.records import hash_file
-from nemo_warp.rewards.serve import add_serving_arguments, exit_code_of
+from nemo_warp.aligner.reward_model.template import template_source
+from nemo_warp.records import config_hash, hash_file
+from nemo_warp.rewards.scoring import Desk, Scoring
+from nemo_warp.rewards.serve import add_serving_arguments, exit_code_of, text_infer
 from nemo_warp.rewards.triton import Serving, log, serve
 
 if TYPE_CHECKING:  # imports NeMo, for which a refusal does not wait
@@ -37,10 +40,14 @@ example:
 The endpoint file appears when the server is ready and goes when it stops (SIGTERM or Ctrl-C).
 """
 
+_TOGETHER = 32  # texts, a client's usual request
+
 
 def run(arguments: argparse.Namespace) -> None:
     """Load the model on all ranks; serve on the first until told to stop."""
     _check(arguments)
+    if arguments.chat_template:
+        template_source(arguments.chat_template)
     Serving(arguments.run_id, "", arguments.endpoint_file, arguments.host, arguments.port)
     from nemo_warp.aligner.compat import activate
 
@@ -60,7 +67,8 @@ def run(arguments: argparse.Namespace) -> None:
         micro_batch_size=arguments.micro_batch_size,
         precision=arguments.precision or _default_precision(),
     )
-    scorer = RewardModelScorer(load_reward_model(setup))
+    template = arguments.chat_template and template_source(arguments.chat_template)
+    scorer = RewardModelScorer(load_reward_model(setup), template)
     if torch.distributed.get_rank() == 0:
         _lead(scorer, arguments)
     else:
@@ -72,19 +80,39 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _lead(scorer: RewardModelScorer, arguments: argparse.Namespace) -> None:
     log.info("hashing %s", arguments.model)
+    scoring = Scoring(scorer.score, together=max(_TOGETHER, scorer.at_a_time))
     serving = Serving(
         run_id=arguments.run_id,
-        # The whole file: two reward models of one architecture differ in their weights only.
-        fingerprint=hash_file(arguments.model).sha256,
+        fingerprint=_fingerprint(arguments),
         endpoint_file=arguments.endpoint_file,
         host=arguments.host,
         port=arguments.port,
         token_inputs=True,
+        keyed=True,
+        needs=scoring.taken.needed,
+        takes=scoring.taken.names,
     )
+    desk = Desk(scoring)
+    texts = text_infer(desk)
+
+    def infer(**inputs: np.ndarray) -> dict[str, np.ndarray]:
+        if "sentences" in inputs:
+            return texts(**inputs)
+        return scorer.infer(inputs["tokens"], inputs["sequence_lengths"])
+
     try:
-        serve(scorer.infer, serving, broken=scorer.broken)
+        serve(infer, serving, broken=scorer.broken, on_stop=desk.stop)
     finally:
         scorer.stop()
+
+
+def _fingerprint(arguments: argparse.Namespace) -> str:
+    """SHA-256 of the model; with a template of both."""
+    # The whole file: two reward models of one architecture differ in their weights only.
+    model = hash_file(arguments.model).sha256
+    if arguments.chat_template is None:
+        return model
+    return config_hash({"model": model, "template": template_source(arguments.chat_template)})
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -131,6 +159,13 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--pipeline", type=int, default=1, help="pipeline parallel size")
     parser.add_argument(
         "--micro-batch-size", type=int, default=8, help="sequences per forward pass"
+    )
+    parser.add_argument(
+        "--chat-template",
+        type=Path,
+        metavar="FILE",
+        help="Jinja, or a tokenizer_config.json: texts are made anew with it, from the prompt's "
+        "field 'messages' and the response; for policies of another family",
     )
     parser.add_argument(
         "--precision", choices=("32", "bf16"), help="default: bf16 on a GPU, 32 without"

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hf_models import write_hf_tokenizer
 
+from nemo_warp.aligner.reward_model.template import ChatTemplate, template_source
 from nemo_warp.rewards.callables import fingerprint, load_callable
 from nemo_warp.rewards.scoring import Desk, Sample, Scoring
 
@@ -126,3 +127,41 @@ def test_a_classifier_that_cannot_be_used_is_refused(folders, tmp_path, options,
     known = {kind: str(folder) for kind, (folder, _) in folders.items()} | {"empty": str(tmp_path)}
     with pytest.raises(ValueError, match=message):
         load_callable(NAME, {**options, "model": known.get(options["model"], options["model"])})
+
+
+GEMMA = """\
+{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}
+{% for message in messages %}
+    {% set role = 'model' if message['role'] == 'assistant' else message['role'] %}
+    {{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}
+{% endfor %}
+{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}
+"""
+TALK = [{"role": "user", "content": " hi\n"}]
+
+
+@pytest.mark.parametrize("source", [TEMPLATE, GEMMA])
+def test_a_nemo_reward_models_template_is_read_as_transformers_does(folders, tmp_path, source):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folders["llama"][0])
+    whole = [*TALK, {"role": "assistant", "content": "yes? "}]
+    expected = tokenizer.apply_chat_template(whole, tokenize=False, chat_template=source)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps({"chat_template": source}))
+    assert template_source(file) == source
+    template = ChatTemplate(template_source(file), {"bos_token": "<s>"})
+    assert template.text(TALK, "yes? ") == expected
+
+
+def test_what_is_no_template_or_no_conversation_is_said(tmp_path):
+    template = ChatTemplate(GEMMA, {})
+    with pytest.raises(ValueError, match="the chat template says: no system"):
+        template.text([{"role": "system", "content": "x"}], "r")
+    for messages in ([], "none", [{"role": "user"}]):
+        with pytest.raises(ValueError, match="holds no messages"):
+            template.text(messages, "r")
+    with pytest.raises(ValueError, match="cannot be read"):
+        ChatTemplate("{% if %}", {})
+    (tmp_path / "config.json").write_text("{}")
+    for name in ("none.jinja", "config.json"):
+        with pytest.raises(ValueError, match="no chat template"):
+            template_source(tmp_path / name)

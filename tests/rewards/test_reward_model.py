@@ -209,6 +209,45 @@ def test_served_scores_are_the_models_own(reward_model, own_scores):
     assert scores.reasons[-1].endswith("the reward model reads 64")
 
 
+TEMPLATE = """\
+{%- if messages[0]['role'] != 'user' %}{{ raise_exception('no user') }}{% endif -%}
+{{ messages[0]['content'] }}{{ messages[-1]['content'] }}
+"""
+
+
+def _ask_with_messages(endpoint_file: Path):
+    """Prompts with the marks of another family, and what their lines say of them."""
+    client = RewardClient(endpoint_file, SETTINGS, run_id=RUN_ID)
+    endpoint = client.connect()
+    half = [len(text) // 2 for text in HELD_OUT[:12]]
+    halves = [(t[:cut], t[cut:]) for t, cut in zip(HELD_OUT[:12], half, strict=True)]
+    fields = [{"messages": [{"role": "user", "content": prompt}]} for prompt, _ in halves]
+    fields += [{}, {"messages": "none"}, {"messages": [{"role": "system", "content": "x"}]}]
+    prompts = [f"<start_of_turn>user\n{prompt}<end_of_turn>\n" for prompt, _ in halves]
+    responses = [response for _, response in halves]
+    return endpoint, client.score(prompts + ["p"] * 3, responses + ["r"] * 3, fields)
+
+
+def test_texts_for_a_model_of_another_family_are_made_anew(reward_model, own_scores):
+    """From the conversation, with its own template: nothing of the policy's marks is left."""
+    template = reward_model.parent / "template.jinja"
+    template.write_text(TEMPLATE.rstrip("\n"))
+    extra = ("--chat-template", str(template))
+    ((code, [(endpoint, scores)], _),) = run_ranks(
+        _serve_and_ask, 1, reward_model, _ask_with_messages, *extra
+    )
+    assert code == exit_codes.DONE
+    assert endpoint.needs == endpoint.takes == ("messages",)
+    np.testing.assert_array_equal(scores.scores[:12], own_scores)
+    assert scores.failed.tolist() == [False] * 12 + [True] * 3
+    assert "no field 'messages'" in scores.reasons[12]
+    assert "holds no messages" in scores.reasons[13]
+    assert scores.reasons[14] == "the chat template says: no user"
+    from nemo_warp.records import hash_file
+
+    assert endpoint.fingerprint != hash_file(reward_model).sha256, "the template decides, too"
+
+
 @pytest.mark.parametrize(
     ("ranks", "extra"), [(2, ()), (4, ("--tensor", "2", "--pipeline", "2"))], ids=["dp2", "tp2pp2"]
 )
@@ -236,6 +275,7 @@ def _main(arguments: list[str]) -> int:
         ("rm.nemo", ["--tensor", "2"], "tensor"),
         ("rm.nemo", ["--micro-batch-size", "0"], "--micro-batch-size must be at least 1"),
         ("rm.nemo", ["--run-id", ""], "run id"),
+        ("rm.nemo", ["--chat-template", "none.jinja"], "no chat template none.jinja"),
     ],
 )
 def test_a_model_that_cannot_be_served_is_refused(reward_model, capsys, model, extra, message):

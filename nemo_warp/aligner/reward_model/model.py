@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import IntEnum
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core import parallel_state
 from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerBuilder
 from nemo_aligner.models.nlp.gpt.reward_model_classes import (
     REWARD_MODEL_CLASS_DICT,
@@ -29,6 +31,8 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_warp.aligner.entry.job import job_size
 from nemo_warp.aligner.policy.stored_config import stored_config
 from nemo_warp.aligner.reward_model.scaling import scale_as_trained
+from nemo_warp.aligner.reward_model.template import ChatTemplate, special_tokens
+from nemo_warp.rewards.errors import RewardError
 from nemo_warp.rewards.triton import answer, log
 
 _PAD_MULTIPLE = 64  # tokens; few distinct shapes, and a multiple of any tensor-parallel size
@@ -115,47 +119,79 @@ def load_reward_model(setup: RewardModelSetup) -> Any:
 
 
 class RewardModelScorer:
-    """Scores batches on all ranks: rank 0 calls `infer`, the others are in `follow` meanwhile.
+    """Scores on all ranks: rank 0 calls `texts` and `tokens`, the others are in `follow` meanwhile.
 
     Args:
         model: see `load_reward_model`. Collective: every rank makes one.
+        template: source of the chat template that its texts are made with; None: they are prompt
+            and response, one after the other.
     """
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, template: str | None = None):
         self.broken = threading.Event()  # set when the ranks may no longer be in step
+        self.at_a_time = (
+            model.forward_micro_batch_size * parallel_state.get_data_parallel_world_size()
+        )
         self._model = model
         self._max_tokens = model.cfg.encoder_seq_length
         self._append_eos = bool(model.cfg.get("data", {}).get("append_eod", False))
+        self._template = None
+        if template is not None:
+            self._template = ChatTemplate(template, special_tokens(model.tokenizer))
+        self._lock = threading.Lock()  # texts and tokens come from different threads
+        self._stopped = False
         # Gloo, not the default group: on NCCL a rank that waits long for a command is killed.
         self._commands = torch.distributed.new_group(backend="gloo", timeout=_IDLE)
 
-    def infer(
-        self,
-        sentences: np.ndarray | None = None,
-        tokens: np.ndarray | None = None,
-        sequence_lengths: np.ndarray | None = None,
-        prompt_lengths: np.ndarray | None = None,
-    ) -> dict[str, np.ndarray]:
-        """The protocol of `nemo_warp.rewards.triton`; ``prompt_lengths`` make no difference here.
+    @property
+    def score(self) -> Callable[..., list[float | Exception]]:
+        """A callable of lists, for `nemo_warp.rewards.scoring`."""
+        return self._texts if self._template is None else self._conversations
+
+    def infer(self, tokens: np.ndarray, sequence_lengths: np.ndarray) -> dict[str, np.ndarray]:
+        """Tokens of the protocol of `nemo_warp.rewards.triton`.
 
         A sequence that is empty or longer than the model's context comes back as NaN.
         """
-        if sentences is not None:
-            sequences = [self._encode(text.decode()) for text in sentences[:, 0]]
-        else:
-            assert tokens is not None and sequence_lengths is not None, "one of the two forms"
-            lengths = sequence_lengths[:, 0].tolist()
-            # NeMo-Aligner's own client sends padded tokens with their lengths.
-            sequences = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
-        reasons = [self._refusal(sequence) for sequence in sequences]
-        good = [place for place, reason in enumerate(reasons) if not reason]
-        scores = np.full(len(sequences), np.nan, np.float32)
-        if good:
-            scores[good] = self._score([sequences[place] for place in good])
-        for place in good:
-            if not math.isfinite(scores[place]):
-                reasons[place] = f"the reward model returned {scores[place]}"
-        return answer(np.where(np.isfinite(scores), scores, np.nan), reasons)
+        lengths = sequence_lengths[:, 0].tolist()
+        # NeMo-Aligner's own client sends padded tokens with their lengths.
+        rows = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
+        scores = self._sequences(rows)
+        reasons = [str(score) if isinstance(score, Exception) else "" for score in scores]
+        values = [np.nan if isinstance(score, Exception) else score for score in scores]
+        return answer(np.array(values, np.float32), reasons)
+
+    def _texts(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float | Exception]:
+        texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+        return self._sequences([self._encode(text) for text in texts])
+
+    def _conversations(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        messages: Sequence[Sequence[Mapping[str, str]]],
+    ) -> list[float | Exception]:
+        """The text is made anew: the prompt's holds the marks of the policy's family."""
+        assert self._template is not None
+        made: list[list[int] | Exception] = []
+        for response, talk in zip(responses, messages, strict=True):
+            try:
+                made.append(self._encode(self._template.text(talk, response)))
+            except ValueError as error:
+                made.append(error)
+        return self._sequences(made)
+
+    def _sequences(self, sequences: Sequence[list[int] | Exception]) -> list[float | Exception]:
+        """Scores of what can be scored, and why not of the others."""
+        scores: list[float | Exception] = []
+        good: list[list[int]] = []
+        for one in sequences:
+            problem = one if isinstance(one, Exception) else ValueError(self._refusal(one))
+            scores.append(problem)
+            if not isinstance(one, Exception) and not str(problem):
+                good.append(one)
+        found = iter(self._score(good).tolist() if good else [])
+        return [_finite(next(found)) if not str(score) else score for score in scores]
 
     def follow(self) -> None:
         """Take part in every `infer` of rank 0, until its `stop`."""
@@ -164,8 +200,10 @@ class RewardModelScorer:
 
     def stop(self) -> None:
         """Release the ranks in `follow`. Called by rank 0; a broken job its launcher must end."""
-        if not self.broken.is_set():
-            self._broadcast(_Command.STOP)
+        with self._lock:
+            self._stopped = True
+            if not self.broken.is_set():
+                self._broadcast(_Command.STOP)
 
     def _encode(self, text: str) -> list[int]:
         """As NeMo-Aligner's RewardModelDataset did for training (data/nlp/datasets.py:234)."""
@@ -190,14 +228,17 @@ class RewardModelScorer:
             len(sequences), self._model.forward_micro_batch_size
         )
         inputs, _, _ = pad_batch_and_strip_sequence(tokens, lengths, multiple)
-        try:
-            # First: the other ranks wait in `follow`, and enter the same forward pass.
-            self._broadcast(_Command.SCORE)
-            return self._run(inputs)[: len(sequences), 0]
-        except Exception:
-            log.exception("a forward pass failed")
-            self.broken.set()
-            raise
+        with self._lock:
+            if self._stopped or self.broken.is_set():
+                raise RewardError("the reward model can answer no more")
+            try:
+                # First: the other ranks wait in `follow`, and enter the same forward pass.
+                self._broadcast(_Command.SCORE)
+                return self._run(inputs)[: len(sequences), 0]
+            except Exception:
+                log.exception("a forward pass failed")
+                self.broken.set()
+                raise
 
     def _run(self, inputs: dict[str, torch.Tensor] | None) -> np.ndarray:
         with torch.inference_mode():
@@ -207,3 +248,9 @@ class RewardModelScorer:
         message = torch.tensor([command])
         torch.distributed.broadcast(message, 0, group=self._commands)
         return int(message)
+
+
+def _finite(score: float) -> float | Exception:
+    if math.isfinite(score):
+        return score
+    return ValueError(f"the reward model returned {score}")
