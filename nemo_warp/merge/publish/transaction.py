@@ -118,6 +118,11 @@ class Transaction:
         """
         for final in self.finals:
             check_target(final, self._overwrite, self._known)
+        # A seal before what it seals: a folder keeps its inode while it is emptied, so a kill in the
+        # middle would leave a seal that vouches for an empty folder.
+        seal = hidden_folder(self.finals[0]) / SEAL
+        seal.unlink(missing_ok=True)
+        fsync_directory(seal.parent)
         self._clear()
         # A name of its own: a process of an older attempt that still runs on another node (a file
         # system without locks) writes into another folder.
