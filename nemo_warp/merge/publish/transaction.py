@@ -118,8 +118,8 @@ class Transaction:
         """
         for final in self.finals:
             check_target(final, self._overwrite, self._known)
-        # A seal before what it seals: a folder keeps its inode while it is emptied, so a kill in the
-        # middle would leave a seal that vouches for an empty folder.
+        # A seal before what it seals: a folder keeps its inode while it is emptied, so a kill in
+        # between would leave a seal that vouches for an empty folder.
         seal = hidden_folder(self.finals[0]) / SEAL
         seal.unlink(missing_ok=True)
         fsync_directory(seal.parent)
