@@ -65,6 +65,21 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
+def json_object(text: str, option: str) -> dict[str, Any]:
+    """What a command-line option says that takes a JSON object.
+
+    Raises:
+        ValueError: names the option.
+    """
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{option} is not JSON ({error}): {text!r}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{option} must be a JSON object, got {text!r}")
+    return values
+
+
 def config_hash(config: dict[str, Any]) -> str:
     """SHA-256 (hex) of a plain configuration tree."""
     return hashlib.sha256(canonical_json(config).encode()).hexdigest()

@@ -23,11 +23,10 @@ over seeds for groups of runs. --output writes compare.md, compare.json and, for
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
 
 from nemo_warp import exit_codes
+from nemo_warp.records import json_object
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,18 +71,8 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(f"--tie is {args.tie:g}, expected 0 or more")
     if args.concurrency < 1:
         raise ValueError(f"--concurrency is {args.concurrency}, expected 1 or more")
-    options = _options(args.llm_options)
+    options = json_object(args.llm_options, "--llm-options")
     llm = dict.fromkeys(args.llm_judge, options)
     judges = Judges(args.judge, args.tie, llm, args.concurrency)
     print(compare(args.what, judges, args.output))
     return exit_codes.DONE
-
-
-def _options(text: str) -> dict[str, Any]:
-    try:
-        options = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"--llm-options is not JSON ({error}): {text!r}") from None
-    if not isinstance(options, dict):
-        raise ValueError(f"--llm-options must be a JSON object, got {text!r}")
-    return options

@@ -8,11 +8,11 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from nemo_warp import exit_codes
+from nemo_warp.records import json_object
 from nemo_warp.rewards.callables import fingerprint, load_callable
 from nemo_warp.rewards.errors import RewardError
 from nemo_warp.rewards.scoring import Desk, Sample, Scoring
@@ -113,19 +113,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _options(text: str) -> dict[str, Any]:
-    try:
-        options = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"--options is not JSON ({error}): {text!r}") from None
-    if not isinstance(options, dict):
-        raise ValueError(f"--options must be a JSON object, got {text!r}")
-    return options
-
-
 def run(arguments: argparse.Namespace) -> None:
     """Load, fingerprint and serve the callable until told to stop."""
-    options = _options(arguments.options)
+    options = json_object(arguments.options, "--options")
     if arguments.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {arguments.batch_size}")
     score = load_callable(arguments.callable, options)
