@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from nemo_warp.evidence.fronts import hypervolume, reward_at
 from nemo_warp.evidence.intervals import Interval, over_seeds
+from nemo_warp.reporting.bands import draw_band
 from nemo_warp.reporting.run import Curve, read_run
 from nemo_warp.reporting.style import SETTINGS, label_axes, save, series_colour
 from nemo_warp.reporting.table import markdown_rows, round_kls
@@ -118,35 +119,12 @@ def draw(groups: Sequence[Group], path: Path) -> None:
                     marker=".",
                     markersize=3,
                 )
-            # Where all seeds were measured: a mean over fewer of them would jump at the ends.
-            grid = np.linspace(*_common_range(group), 60)
-            bands = [over_seeds(np.array([_at(f, kl) for f in group.fronts])) for kl in grid]
-            axes.plot(
-                grid,
-                [b.mean for b in bands],
-                color=colour,
-                label=f"{group.name} ({len(group.fronts)} seeds)",
-            )
-            if len(group.fronts) > 1:
-                axes.fill_between(
-                    grid,
-                    [b.low for b in bands],
-                    [b.high for b in bands],
-                    color=colour,
-                    alpha=0.15,
-                    linewidth=0,
-                )
+            seeds, metrics = [[front] for front in group.fronts], ("kl_to_sft", "reward")
+            label = f"{group.name} ({len(group.fronts)} seeds)"
+            draw_band(axes, seeds, metrics, label, colour, linewidth=1.5)
         label_axes(axes, "KL to SFT (nats per response)", "reward")
         axes.legend(loc="lower right")
         save(figure, path)
-
-
-def _common_range(group: Group) -> tuple[float, float]:
-    """KLs that every seed's front covers."""
-    return (
-        max(min(f.column("kl_to_sft")) for f in group.fronts),
-        min(max(f.column("kl_to_sft")) for f in group.fronts),
-    )
 
 
 def _at(front: Curve, kl: float) -> float:

@@ -11,16 +11,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nemo_warp.evidence.fronts import reward_at
-from nemo_warp.evidence.intervals import over_seeds
 from nemo_warp.records import write_json_atomically, write_text_atomically
+from nemo_warp.reporting.bands import draw_band
 from nemo_warp.reporting.fronts import Group, compare
 from nemo_warp.reporting.run import Curve
 from nemo_warp.reporting.style import SETTINGS, label_axes, save, series_colour
 from nemo_warp.schema.study import Picture, Study
 from nemo_warp.study.results import curves_of
 
-_GRID = 60
 _UNITS = {
     "kl_to_sft": "KL to SFT (nats per response)",
     "kl_to_anchor": "KL to the anchor (nats per response)",
@@ -95,20 +93,5 @@ def _draw_variant(
     curves = [curve for of_seed in seeds for curve in of_seed]
     for curve in curves:
         axes.plot(curve.column(x), curve.column(y), color=colour, linewidth=0.6, alpha=0.35)
-    low = max(min(curve.column(x)) for curve in curves)
-    high = min(max(curve.column(x)) for curve in curves)
-    if high <= low:
-        axes.plot([], [], color=colour, label=f"{label} ({len(seeds)} seeds)")
-        return
-    grid = np.linspace(low, high, _GRID)
-    means = [[np.mean([_at(c, x, y, place) for c in s]) for s in seeds] for place in grid]
-    bands = [over_seeds(np.array(of_place)) for of_place in means]
     name = f"{label} ({len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'})"
-    axes.plot(grid, [b.mean for b in bands], color=colour, linewidth=2.0, label=name)
-    if len(seeds) > 1:
-        ends = [b.low for b in bands], [b.high for b in bands]
-        axes.fill_between(grid, *ends, color=colour, alpha=0.15, linewidth=0)
-
-
-def _at(curve: Curve, x: str, y: str, place: float) -> float:
-    return reward_at(curve.column(x), curve.column(y), float(place))
+    draw_band(axes, seeds, metrics, name, colour, linewidth=2.0)
