@@ -81,6 +81,9 @@ class Objective:
         self.model = model
         self.reference = reference
         self.timings = timings
+        rewards = to_plain(config)["rewards"]
+        self._scales = [Scale.of(reward) for reward in rewards]
+        self._reward_weights = [float(reward.get("weight", 1.0)) for reward in rewards]
 
     @property
     def baseline(self) -> str:
@@ -136,11 +139,9 @@ class Objective:
 
     def _rewards(self, rollouts: Rollouts) -> Tensor:
         """What is maximised, float32 [B]: the rewards, standardised over the batch where asked."""
-        rewards = to_plain(self.config)["rewards"]
-        scales = [Scale.of(reward) for reward in rewards]
+        scales, weights = self._scales, self._reward_weights
         if all(scale.standardize == "none" for scale in scales) or rollouts.parts is None:
             return rollouts.rewards
-        weights = [float(reward.get("weight", 1.0)) for reward in rewards]
         # float64 on the host, by the function that the reward client uses: one definition of a
         # mixture.
         total = optimised(rollouts.parts.double().cpu().numpy(), scales, weights)
