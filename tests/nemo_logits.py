@@ -8,7 +8,6 @@ from typing import Any
 import tiny_models
 import torch
 from hf_models import VOCABULARY
-from omegaconf import open_dict
 
 LENGTH = 48
 ON_A_CPU = {
@@ -28,43 +27,11 @@ def sample_tokens() -> torch.Tensor:
 
 def restore(path: Path, tensor: int, pipeline: int) -> Any:
     """The model as stock NeMo restores it in fp32; all ranks call it."""
-    from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
-    from nemo.collections.nlp.parts.nlp_overrides import NLPSaveRestoreConnector
-
-    config = tiny_models.tiny_config(Path("unused"), tensor, pipeline)
-    trainer, connector = tiny_models.build_trainer(config), NLPSaveRestoreConnector()
-    stored = MegatronGPTModel.restore_from(
-        str(path), trainer=trainer, return_config=True, save_restore_connector=connector
-    )
-    with open_dict(stored):
-        stored.merge_with(ON_A_CPU)
-        stored.tensor_model_parallel_size = tensor
-        stored.pipeline_model_parallel_size = pipeline
-    return MegatronGPTModel.restore_from(
-        str(path),
-        trainer=trainer,
-        override_config_path=stored,
-        save_restore_connector=connector,
-        map_location="cpu",
-    )
+    return tiny_models.load_tiny_nemo(path, tensor, pipeline, ON_A_CPU)
 
 
 def nemo_logits(model: Any) -> torch.Tensor | None:
     """Logits [2, LENGTH, vocabulary / TP] of `sample_tokens`; None off the last stage."""
-    from megatron.core import parallel_state
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
     positions = torch.arange(LENGTH).expand(2, -1)
     mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)[None, None]
-    model.eval()
-    with torch.no_grad():
-        found = get_forward_backward_func()(
-            forward_step_func=model.get_forward_output_only_func(),
-            data_iterator=iter([[sample_tokens(), mask, positions]]),
-            model=[model.model],
-            num_microbatches=1,
-            forward_only=True,
-            seq_length=LENGTH,
-            micro_batch_size=2,
-        )
-    return found[0]["logits"] if parallel_state.is_pipeline_last_stage() else None
+    return tiny_models.last_stage_logits(model, [sample_tokens(), mask, positions])

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 VOCABULARY = 128
@@ -141,8 +142,16 @@ def save_tiny_nemo(path: Path, tokenizer: Path, **options: Any) -> None:
     build_model(config, trainer).save_to(str(path))
 
 
-def load_tiny_nemo(path: Path, tensor: int = 1, pipeline: int = 1) -> Any:
-    """``MegatronGPTModel.restore_from`` at the given layout; all ranks call it."""
+def load_tiny_nemo(
+    path: Path, tensor: int = 1, pipeline: int = 1, overrides: dict[str, Any] | None = None
+) -> Any:
+    """``MegatronGPTModel.restore_from`` at the given layout; all ranks call it.
+
+    Args:
+        path: the ``.nemo``.
+        tensor, pipeline: the layout.
+        overrides: keys of the model's configuration.
+    """
     from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
     from nemo.collections.nlp.parts.nlp_overrides import NLPSaveRestoreConnector
 
@@ -153,6 +162,7 @@ def load_tiny_nemo(path: Path, tensor: int = 1, pipeline: int = 1) -> Any:
         str(path), trainer=trainer, return_config=True, save_restore_connector=connector
     )
     with open_dict(model_config):
+        model_config.merge_with(overrides or {})
         model_config.tensor_model_parallel_size = tensor
         model_config.pipeline_model_parallel_size = pipeline
     return MegatronGPTModel.restore_from(
@@ -162,3 +172,28 @@ def load_tiny_nemo(path: Path, tensor: int = 1, pipeline: int = 1) -> Any:
         save_restore_connector=connector,
         map_location="cpu",
     )
+
+
+@torch.no_grad()
+def last_stage_logits(model: Any, batch: list[torch.Tensor]) -> torch.Tensor | None:
+    """This rank's shard of the logits [b, S, vocabulary / TP]; None off the last stage.
+
+    Args:
+        model: NeMo's.
+        batch: tokens [b, S], attention mask, positions, as its forward step takes them.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    number, length = batch[0].shape
+    model.eval()
+    found = get_forward_backward_func()(
+        forward_step_func=model.get_forward_output_only_func(),
+        data_iterator=iter([batch]),
+        model=[model.model],
+        num_microbatches=1,
+        forward_only=True,
+        seq_length=length,
+        micro_batch_size=number,
+    )
+    return found[0]["logits"] if parallel_state.is_pipeline_last_stage() else None

@@ -180,26 +180,12 @@ def build(model: str, tokenizer: Path, tensor: int, pipeline: int, **options):
 
 def logits(model) -> torch.Tensor | None:
     """This rank's shard of the logits of fixed tokens; None before the end of the pipeline."""
-    from megatron.core import parallel_state
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
     length = model.cfg.encoder_seq_length
     generator = torch.Generator().manual_seed(7)
     tokens = torch.randint(0, VOCABULARY, (2, length), generator=generator)
     positions = torch.arange(length).expand(2, -1)
     batch = [tokens, torch.ones(1, 1, length, length, dtype=torch.bool), positions]
-    model.eval()
-    with torch.no_grad():
-        found = get_forward_backward_func()(
-            forward_step_func=model.get_forward_output_only_func(),
-            data_iterator=iter([batch]),
-            model=[model.model],
-            num_microbatches=1,
-            forward_only=True,
-            seq_length=length,
-            micro_batch_size=2,
-        )
-    return found[0]["logits"] if parallel_state.is_pipeline_last_stage() else None
+    return tiny_models.last_stage_logits(model, batch)
 
 
 def ulps_apart(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
