@@ -111,7 +111,7 @@ def _our_rewards(config: Any) -> Any:
     from nemo_warp.rewards.scores import RewardScores
 
     class Mixture:
-        def submit(self, prompts: list[str], responses: list[str]) -> Any:
+        def submit(self, prompts: list[str], responses: list[str], fields: Any = None) -> Any:
             scores = score(responses)
             done = RewardScores.of(scores, [""] * len(scores))
             done = replace(done, parts={config.rewards[0].name: done.scores})
