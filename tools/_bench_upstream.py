@@ -122,6 +122,8 @@ class _TheirRewards:
 
         from nemo_warp.aligner.sampling.rewards import response_texts
 
-        scores = torch.as_tensor(score(response_texts(self._model, rollout_batch)))
+        # The end of sequence is forbidden here, so a response is all of its tokens.
+        decoder = SimpleNamespace(response_text=self._model.tokenizer.ids_to_text)
+        scores = torch.as_tensor(score(response_texts(decoder, rollout_batch)))
         column = scores.float().to(torch.cuda.current_device()).unsqueeze(1)
         return SimpleNamespace(result=lambda: broadcast_2d_tensor_within_mp(column))
