@@ -123,7 +123,7 @@ class _TheirRewards:
         from nemo_warp.aligner.sampling.rewards import response_texts
 
         # The end of sequence is forbidden here, so a response is all of its tokens.
-        decoder = SimpleNamespace(response_text=self._model.tokenizer.ids_to_text)
-        scores = torch.as_tensor(score(response_texts(decoder, rollout_batch)))
+        texts = response_texts(self._model.tokenizer.ids_to_text, rollout_batch)
+        scores = torch.as_tensor(score(texts))
         column = scores.float().to(torch.cuda.current_device()).unsqueeze(1)
         return SimpleNamespace(result=lambda: broadcast_2d_tensor_within_mp(column))

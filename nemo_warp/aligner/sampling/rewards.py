@@ -152,7 +152,7 @@ class RewardSource:
         # This rank only takes part in the broadcast of what its source received.
         if self._mixture is None:
             return PendingRewards(lambda: _share(None))
-        texts = [p.text for p in prompts], response_texts(actor, output)
+        texts = [p.text for p in prompts], response_texts(actor.response_text, output)
         fields = [p.fields for p in prompts]
         future = self._mixture.submit(*texts, fields)
         judging = None
@@ -238,8 +238,8 @@ class RewardSource:
                 )
 
 
-def response_texts(actor: Any, output: dict[str, Tensor]) -> list[str]:
-    """Decoded responses without prompt and end."""
+def response_texts(decode: Callable[[list[int]], str], output: dict[str, Tensor]) -> list[str]:
+    """Each response without its prompt, by what makes a text of its tokens."""
     texts = []
     rows = zip(
         output["response_tokens"].tolist(),
@@ -248,7 +248,7 @@ def response_texts(actor: Any, output: dict[str, Tensor]) -> list[str]:
         strict=True,
     )
     for tokens, start, stop in rows:
-        texts.append(actor.response_text(tokens[start:stop]))
+        texts.append(decode(tokens[start:stop]))
     return texts
 
 
