@@ -31,6 +31,13 @@ def _tiny(directory: Path) -> dict:
     lines = [json.dumps({"prompt": " ".join(words[i : i + 2])}) for i in range(30)]
     for name, chosen in (("train", lines[:18]), ("heldout", lines[18:])):
         (directory / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in chosen))
+    (directory / "texts.jsonl").write_text(json.dumps({"text": " ".join(words[:20])}) + "\n")
+    (directory / "benchmarks").mkdir()
+    (directory / "benchmarks/texts.yaml").write_text(
+        "task: texts\noutput_type: loglikelihood_rolling\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {directory}/texts.jsonl}}}}\ntest_split: test\n"
+        "doc_to_text: ''\ndoc_to_target: '{{text}}'\nmetric_list: [{metric: bits_per_byte}]\n"
+    )
     root = Path(__file__).resolve().parents[2]
     return {
         "base": str(root / "recipes" / "tiny" / "recipe.yaml"),
@@ -51,6 +58,11 @@ def _tiny(directory: Path) -> dict:
             "settings": {"evaluation": {"num_prompts": 8}, "towards_sft": False},
         },
         "front": {"kappas": [0.0, 1.0]},
+        "benchmarks": {
+            "tasks": ["texts"],
+            "include": str(directory / "benchmarks"),
+            "kappas": [0.0, 1.0],
+        },
         "retries": {"without_progress": 3, "stop_grace_s": 120, "ready_deadline_s": 600},
         "commands": {},
     }
@@ -79,5 +91,8 @@ def test_from_sft_to_the_final_front(nemo, make_sandbox) -> None:
     assert [p["eta"] for p in points] == [0.0, 1.0]
     assert points[0]["kl_to_sft"] == pytest.approx(0.0, abs=1e-6), "kappa = 0 is SFT"
     assert points[1]["kl_to_sft"] != points[0]["kl_to_sft"]
+    lines = (run / "benchmarks/points.jsonl").read_text().splitlines()
+    bits = [json.loads(x)["scores"]["texts"]["bits_per_byte"] for x in lines]
+    assert len(set(bits)) == 2, "SFT's and the last policy's"
     assert (run / "final/policy.nemo").stat().st_size > 10_000
     assert (run / "report/curves.png").read_bytes().startswith(b"\x89PNG")

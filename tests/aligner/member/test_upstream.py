@@ -130,9 +130,11 @@ def test_equal_to_unmodified_nemo_aligner(materials, tmp_path):
     our_losses, our_weights = run_ranks(ours, 1, materials, tmp_path)[0]
     their_losses, their_weights = run_ranks(theirs, 1, materials, tmp_path)[0]
     assert our_losses == pytest.approx(their_losses, rel=1e-5, abs=1e-6)
+    # Three steps of Adam move the weights by about 1e-2 of their size. It divides by the gradient's
+    # own size, so where a gradient is all but 0 its rounding shows: 1e-6 on some processors.
     for left, right in zip(our_weights, their_weights, strict=True):
         assert left[0] == right[0]
-        assert lab.relative_error(left[3], right[3]) < 1e-6, left[0]
+        assert lab.relative_error(left[3], right[3]) < 1e-5, left[0]
 
 
 def upstream_at_micro_batch_two(materials, directory):
