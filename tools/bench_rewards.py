@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
 from nemo_warp.rewards.client import RewardClient  # noqa: E402
-from nemo_warp.rewards.settings import RewardClientSettings  # noqa: E402
+from nemo_warp.schema.shared import RewardClientSettings  # noqa: E402
 
 EPILOG = """examples:
   python tools/bench_rewards.py

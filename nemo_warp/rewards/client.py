@@ -21,8 +21,8 @@ import numpy as np
 from nemo_warp.rewards.endpoint import Endpoint, served_name
 from nemo_warp.rewards.errors import RewardError, RewardTimeoutError
 from nemo_warp.rewards.scores import RewardScores
-from nemo_warp.rewards.settings import RewardClientSettings
 from nemo_warp.rewards.wire import Reply, Sample, check_ready, infer, problem_of
+from nemo_warp.schema.shared import RewardClientSettings
 
 log = logging.getLogger("nemo_warp.rewards")
 

@@ -8,7 +8,7 @@ from typing import Any
 from nemo_warp.rewards.client import RewardClient, RewardFuture
 from nemo_warp.rewards.scale import Scale
 from nemo_warp.rewards.scores import RewardScores, weighted_sum
-from nemo_warp.rewards.settings import RewardClientSettings, check_rewards
+from nemo_warp.rewards.settings import check_rewards, client_settings
 
 
 class RewardMixture:
@@ -38,7 +38,7 @@ class RewardMixture:
             ValueError: either section is malformed.
         """
         check_rewards(rewards)
-        parsed = RewardClientSettings.from_config(settings)
+        parsed = client_settings(settings)
         clients = [
             RewardClient(
                 reward["endpoint"],

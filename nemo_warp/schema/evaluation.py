@@ -11,7 +11,7 @@ from nemo_warp.schema.shared import (
     JudgeEntry,
     Model,
     PromptRules,
-    RewardClient,
+    RewardClientSettings,
     RewardEntry,
     Rollout,
     Trainer,
@@ -72,7 +72,7 @@ class Front:
     algorithm: Algorithm = section(Algorithm)
     rewards: list[RewardEntry] = key(REQUIRED, "what is measured")
     judges: list[JudgeEntry] = key([], "what is measured beside them")
-    reward_client: RewardClient = section(RewardClient)
+    reward_client: RewardClientSettings = section(RewardClientSettings)
     evaluation: Evaluation = section(Evaluation)
     pick: Pick = section(Pick)
     benchmarks: Benchmarks = section(Benchmarks)

@@ -13,7 +13,7 @@ from nemo_warp.schema.shared import (
     Model,
     Optim,
     PromptRules,
-    RewardClient,
+    RewardClientSettings,
     RewardEntry,
     Rollout,
     Trainer,
@@ -119,7 +119,7 @@ class Member:
     length_penalty: float = key(
         0.0, "subtracted per response token", low=0, paper="appendix E: 0.0005"
     )
-    reward_client: RewardClient = section(RewardClient)
+    reward_client: RewardClientSettings = section(RewardClientSettings)
     evaluation: Evaluation = section(Evaluation)
     alarms: Alarms = section(Alarms)
     optim: Optim = section(Optim)

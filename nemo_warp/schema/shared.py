@@ -152,13 +152,17 @@ class JudgeEntry:
 
 
 @dataclass
-class RewardClient:
+class RewardClientSettings:
     """``reward_client``: how rewards are asked for."""
 
     ready_deadline_s: float = key(600, "how long a server may take to come up", unit="s", above=0)
+    # A server that knows requests' keys answers at once with what it has; there it is how long a
+    # call, or a line that finishes nothing, may last. One that hangs costs retries + 1 times this.
     request_timeout_s: float = key(120, "of one attempt at one batch", unit="s", above=0)
     retries: int = key(4, "further attempts after a transport error or timeout", low=0)
-    backoff_s: float = key(1.0, "wait before the first of them; doubles", unit="s", low=0)
+    backoff_s: float = key(
+        1.0, "wait before the first of them; doubles, up to a minute", unit="s", low=0
+    )
     batch_size: int = key(32, "samples per request", low=1)
     in_flight: int = key(4, "requests at a time", low=1)
     max_failure_rate: float = key(

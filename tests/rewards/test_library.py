@@ -14,7 +14,7 @@ from nemo_warp.rewards.callables import fingerprint, load_callable, score_sample
 from nemo_warp.rewards.client import RewardClient
 from nemo_warp.rewards.library.programs import PassesTests, program_of
 from nemo_warp.rewards.scoring import Desk, Sample, Scoring
-from nemo_warp.rewards.settings import RewardClientSettings
+from nemo_warp.schema.shared import RewardClientSettings
 
 LIBRARY = "nemo_warp.rewards.library"
 GOOD = "Sure:\n```python\ndef f(x):\n    return 2 * x\n```\nThat is all."

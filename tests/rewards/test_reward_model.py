@@ -22,7 +22,7 @@ from nemo_warp.checkpoints.io.reading import FileCache
 from nemo_warp.merge import merge
 from nemo_warp.rewards import pairs
 from nemo_warp.rewards.client import RewardClient
-from nemo_warp.rewards.settings import RewardClientSettings
+from nemo_warp.schema.shared import RewardClientSettings
 
 pytestmark = pytest.mark.nemo
 

@@ -10,7 +10,7 @@ from nemo_warp.rewards.callables import fingerprint, load_callable, score_togeth
 from nemo_warp.rewards.mixture import RewardMixture
 from nemo_warp.rewards.scale import Scale, optimised
 from nemo_warp.rewards.scores import FailureBudget, RewardScores, weighted_sum
-from nemo_warp.rewards.settings import RewardClientSettings
+from nemo_warp.rewards.settings import client_settings
 
 
 def test_nothing_that_is_not_finite_is_a_score():
@@ -99,12 +99,12 @@ def test_a_dead_server_exceeds_the_budget_in_its_first_batch():
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        ({"name": "a"}, r"rewards\[0\] lacks 'endpoint'"),
-        ({"name": "a b", "endpoint": "e"}, "must be letters"),
-        ({"name": "a", "endpoint": "e", "weight": float("nan")}, "finite"),
-        ({"name": "a", "endpoint": "e", "weight": "heavy"}, "finite"),
-        ({"name": "a", "endpoint": "e", "wieght": 1}, "no 'wieght'"),
-        ({"name": "a", "endpoint": "e", "clip": [2, 1]}, r"rewards\[0\].clip is \[2, 1\]"),
+        ({"name": "a"}, "'rewards.0' .* lacks 'endpoint'"),
+        ({"name": "a b", "endpoint": "e"}, "of letters, digits"),
+        ({"name": "a", "endpoint": "e", "weight": float("nan")}, "rewards.0.weight"),
+        ({"name": "a", "endpoint": "e", "weight": "heavy"}, "rewards.0.weight"),
+        ({"name": "a", "endpoint": "e", "wieght": 1}, "unknown key 'rewards.0.wieght'"),
+        ({"name": "a", "endpoint": "e", "clip": [2, 1]}, r"rewards.0.clip is \[2, 1\]"),
     ],
 )
 def test_malformed_rewards_are_refused(reward, message):
@@ -132,7 +132,7 @@ def test_rewards_need_distinct_names_and_at_least_one():
 )
 def test_malformed_client_settings_are_refused(section):
     with pytest.raises(ValueError, match=next(iter(section))):
-        RewardClientSettings.from_config(section)
+        client_settings(section)
 
 
 def test_a_batch_that_raises_is_scored_one_by_one():

@@ -19,8 +19,8 @@ from nemo_warp.rewards import RewardError
 from nemo_warp.rewards.client import RewardClient
 from nemo_warp.rewards.endpoint import Endpoint
 from nemo_warp.rewards.mixture import RewardMixture
-from nemo_warp.rewards.settings import RewardClientSettings
 from nemo_warp.rewards.triton import Serving, serve
+from nemo_warp.schema.shared import RewardClientSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 

@@ -17,7 +17,7 @@ from nemo_warp.config import to_plain
 from nemo_warp.prompts import PromptLine
 from nemo_warp.rewards import RewardError, RewardFailureRateError
 from nemo_warp.rewards.mixture import RewardMixture
-from nemo_warp.rewards.settings import RewardClientSettings
+from nemo_warp.rewards.scores import FailureBudget
 from nemo_warp.schema.evaluation import Front
 from nemo_warp.schema.member import Member
 
@@ -72,7 +72,8 @@ class RewardSource:
             # Weight 0, so that a judge's score can never get into the sum.
             judges = [{**judge, "weight": 0.0} for judge in plain["judges"]]
             self._judges = RewardMixture.from_config(judges, client, run_id=run_id)
-        self._budget = RewardClientSettings.from_config(client).failure_budget()
+        limits = config.reward_client
+        self._budget = FailureBudget(limits.max_failure_rate, limits.failure_window)
         self._files = plain["prompts"]
         # Texts cannot be in the tensors that are gathered, so they are kept until `check` asks for
         # them.
@@ -92,7 +93,8 @@ class RewardSource:
 
         Raises:
             RewardError: on every rank, naming what the first of them found.
-            ValueError: likewise; prompts lack a field.
+            ValueError: likewise, where trying again would not help: another reward than expected,
+                a judge that is trained on, prompts that lack a field.
         """
         # A rank that raised here would leave the others in the collective below until its time-out.
         problem: Exception | None = None
@@ -232,7 +234,7 @@ class RewardSource:
             # By fingerprint, not by name or address: the same function under another name is still
             # the one that is trained on. Rewards of weight 0 are only watched, and may judge.
             if fingerprint in trained:
-                raise RewardError(
+                raise ValueError(
                     f"judge '{name}' computes what reward '{trained[fingerprint]}' does "
                     f"(fingerprint {fingerprint}): a judge is never trained on; remove one of them"
                 )
@@ -256,7 +258,7 @@ def _check_same(expected: dict[str, str] | None, found: Mapping[str, str | None]
     for name, known in (expected or {}).items():
         if found.get(name) == known:
             continue
-        raise RewardError(
+        raise ValueError(
             f"reward '{name}' is not the one the run was begun with (fingerprint "
             f"{found.get(name)}, expected {known}); serve that one again, or start the "
             "member again in a new directory"

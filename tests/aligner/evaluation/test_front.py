@@ -116,7 +116,7 @@ def test_one_generation_is_the_first_of_several(front, front_config, tmp_path):
 def test_a_judge_that_is_a_reward_is_refused(front_config, member_vader, tmp_path, capfd):
     judge = f"judges=[{{name: other, endpoint: {member_vader.endpoint_file}}}]"
     found = run_ranks(evaluate, 1, front_config, f"directory={tmp_path}", judge)
-    assert found == [exit_codes.FAILED]
+    assert found == [exit_codes.MISCONFIGURED]
     assert "judge 'other' computes what reward 'vader' does" in capfd.readouterr().err
 
 

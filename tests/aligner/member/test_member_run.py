@@ -455,5 +455,5 @@ def test_reward_that_changed_is_refused(materials, member_vader, tmp_path, capfd
     ]
     with running(tmp_path / "server", STRANGE, run_id="test") as server:
         endpoint = f"rewards.0.endpoint={server.endpoint_file}"
-        assert run_ranks(run_main, 1, config, endpoint) == [exit_codes.FAILED]
+        assert run_ranks(run_main, 1, config, endpoint) == [exit_codes.MISCONFIGURED]
     assert "is not the one the run was begun with" in capfd.readouterr().err
