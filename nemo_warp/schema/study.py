@@ -25,8 +25,8 @@ class Picture:
 
     title: str = key(REQUIRED, "what is shown", nonempty=True)
     variants: dict[str, str] = key({}, "variant -> its label", nonempty=True)
-    curve: str = key(
-        "final", "which measurements",
+    curves: list[str] = key(
+        ["final"], "which measurements; several are lines of their own", nonempty=True,
         choices=("final", "front", "trajectory", "anchor"),
     )  # fmt: skip
     iteration: int | None = key(None, "of which iteration; null: the last, or all", low=1)

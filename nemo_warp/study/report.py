@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,13 @@ _UNITS = {
     "entropy": "entropy (nats per token)",
     "step": "step",
     "eta": "η or κ",
+}
+
+_KINDS = {
+    "final": "LITI from SFT",
+    "front": "LITI from the init",
+    "trajectory": "policy",
+    "anchor": "its anchor",
 }
 
 
@@ -67,10 +75,12 @@ def draw(picture: Picture, results: Sequence[Mapping[str, Any]], path: Path) -> 
     with matplotlib.rc_context(SETTINGS):
         figure = Figure(figsize=(7.2, 5.0), layout="constrained")
         axes = figure.subplots()
-        for index, (variant, label) in enumerate(picture.variants.items()):
-            seeds = curves_of(results, variant, picture.curve, picture.iteration)
+        for index, (variant, kind) in enumerate(product(picture.variants, picture.curves)):
+            seeds = curves_of(results, variant, kind, picture.iteration)
             seeds = [_measured(curves, x, y) for curves in seeds]
             seeds = [curves for curves in seeds if curves]
+            label = picture.variants[variant]
+            label += f", {_KINDS[kind]}" if len(picture.curves) > 1 else ""
             if seeds:
                 _draw_variant(axes, seeds, (x, y), label, series_colour(index))
         if picture.x_max is not None:

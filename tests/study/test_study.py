@@ -25,7 +25,7 @@ variants:
 compare: [warp, lerp]
 pictures:
   fronts: {{title: fronts, variants: {{warp: SLERP, lerp: LERP}}}}
-  steps: {{title: steps, curve: trajectory, x: step, variants: {{warp: members}}}}
+  steps: {{title: steps, curves: [trajectory], x: step, variants: {{warp: members}}}}
 """
 
 
@@ -80,7 +80,7 @@ def test_runs_are_variants_times_seeds_and_wait_for_the_members_they_take(study,
         ("members_of: warp", "members_of: wrap", "variants.lerp.members_of .* no variant 'wrap'"),
         ("compare: [warp", "compare: [wrap", "compare .* no variant 'wrap'; there are lerp, warp"),
         ("seeds: [1, 2]\n", "seeds: [one]\n", "seeds"),
-        ("curve: trajectory", "curve: path", "pictures.steps.curve"),
+        ("curves: [trajectory]", "curves: [path]", "pictures.steps.curves"),
         ("recipe: recipes/tiny", "recepi: recipes/tiny", "recepi"),
     ],
 )
