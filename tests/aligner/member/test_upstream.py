@@ -3,6 +3,8 @@ upstream 0.7.0 gets wrong, run on upstream."""
 
 import ast
 import importlib
+import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -245,3 +247,16 @@ def test_benchmarks_find_all_that_they_import(nemo, monkeypatch):
     assert "nemo_aligner.utils.batch_iterators" in modules
     for module in sorted(modules):
         importlib.import_module(module)
+
+
+def test_bench_of_a_step_measures_both_sides(nemo, monkeypatch, tmp_path):
+    """Smaller than small: whether it runs, not what it finds."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[3] / "tools"))
+    bench = importlib.import_module("bench_member")
+    words = "--repetitions 1 --hidden 32 --layers 1 --heads 2 --vocabulary 200 --prompts 4"
+    words += f" --prompt 4 --response 4 --micro-batch 2 --json {tmp_path / 'bench.json'}"
+    monkeypatch.setattr("sys.argv", ["bench_member.py", *words.split()])
+    assert bench.main() == 0
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert len(rows) >= 5
+    assert all(math.isfinite(row["median"]) and row["median"] > 0 for row in rows)
