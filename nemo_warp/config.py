@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -111,6 +112,18 @@ _ADDED: dict[str, Any] = {
 
 `identity_hash` leaves them out at that value, so that what earlier versions finished stays done.
 """
+
+
+def _shards_up_to(most: int, *, _root_: Any) -> int:
+    """``${shards_up_to:N}``: the largest divisor of N that divides the ranks of a pipeline stage.
+
+    The default TP is for a node of eight GPUs; who asks for one device asks for no shards.
+    """
+    ranks = _root_.trainer.num_nodes * _root_.trainer.devices
+    return math.gcd(most, max(1, ranks // _root_.model.pipeline_model_parallel_size))
+
+
+OmegaConf.register_new_resolver("shards_up_to", _shards_up_to, replace=True)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from nemo_warp.config import (
+    CONF_DIRECTORY,
     Overrides,
     check_keys,
     identity_hash,
@@ -125,3 +126,19 @@ def test_identity_leaves_out_places_and_limits_only() -> None:
     assert identity_hash(config) == config_hash(decides)
     config["rewards"][0]["weight"] = 1.0
     assert identity_hash(config) != config_hash(decides)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, 4),
+        ({"trainer": {"devices": 1}}, 1),
+        ({"trainer": {"devices": 6}}, 2),
+        ({"trainer": {"num_nodes": 2}, "model": {"pipeline_model_parallel_size": 8}}, 2),
+        ({"trainer": {"devices": 1}, "model": {"tensor_model_parallel_size": 4}}, 4),
+    ],
+)
+def test_the_default_layout_fits_the_ranks(changes: dict, expected: int) -> None:
+    """A member started by hand, as in a recipe: who asks for one device asks for no shards."""
+    model = to_plain(load_config(CONF_DIRECTORY / "member.yaml", changes)["model"])
+    assert model["tensor_model_parallel_size"] == expected

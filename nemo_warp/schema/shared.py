@@ -217,7 +217,9 @@ class Optim:
 class Model:
     """``model``: overrides of the checkpoint's own NeMo configuration."""
 
-    tensor_model_parallel_size: int = key(4, "TP", low=1)
+    tensor_model_parallel_size: int = key(
+        "${shards_up_to:4}", "TP; the default is 4, or 2 or 1 where there are too few ranks", low=1
+    )
     pipeline_model_parallel_size: int = key(1, "PP", low=1)
     sequence_parallel: bool = key(True, "share activations of norms over TP")
     megatron_amp_O2: bool = key(True, "bf16 weights with fp32 masters")  # noqa: N815

@@ -6,7 +6,6 @@ import copy
 import functools
 import itertools
 import json
-import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -234,7 +233,8 @@ def load_recipe(source: Path, overrides: Sequence[str] = (), files_here: bool = 
         try:
             check_member(resolved, values)
         except ValueError as error:
-            where = f"{file}: iteration {iteration}, member {member}"
+            differ = values["per_iteration"] or values["per_member"]
+            where = f"{file}: iteration {iteration}, member {member}" if differ else str(file)
             raise ValueError(f"{where}: {error}") from None
     recipe.evaluation_config()
     if values["launcher"]["kind"] == "slurm":
@@ -267,20 +267,7 @@ def _resolve(config: DictConfig) -> dict[str, Any]:
 
 def _member_section(values: dict[str, Any], source: str) -> dict[str, Any]:
     file = CONF_DIRECTORY / "member.yaml"
-    config = load_config(file, Overrides(values, source))
-    if "tensor_model_parallel_size" not in (values.get("model") or {}):
-        _fit_to_ranks(config)
-    return _without_mandatory(to_plain(config, resolve=False))
-
-
-def _fit_to_ranks(member: DictConfig) -> None:
-    """The default TP is of a node with eight GPUs: fewer ranks are fewer shards, in place."""
-    sizes = (member.trainer.num_nodes, member.trainer.devices,
-             member.model.pipeline_model_parallel_size)  # fmt: skip
-    if all(isinstance(size, int) for size in sizes):
-        replicas = sizes[0] * sizes[1] // sizes[2]
-        default = member.model.tensor_model_parallel_size
-        member.model.tensor_model_parallel_size = math.gcd(default, max(1, replicas))
+    return _without_mandatory(to_plain(load_config(file, Overrides(values, source)), resolve=False))
 
 
 def _without_mandatory(section: dict[str, Any]) -> dict[str, Any]:

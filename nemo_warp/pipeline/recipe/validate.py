@@ -80,7 +80,6 @@ def check_recipe(values: dict[str, Any], source: str, files_here: bool = True) -
         _check_tables(values)
         _check_rates(values)
         _check_gpus(values["launcher"])
-        check_member(values["member"], values)
         check_recipe_arguments(values["merge"]["arguments"], values["members"])
         if files_here:
             check_files(values)
