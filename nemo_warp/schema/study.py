@@ -27,7 +27,7 @@ class Picture:
     variants: dict[str, str] = key({}, "variant -> its label", nonempty=True)
     curves: list[str] = key(
         ["final"], "which measurements; several are lines of their own", nonempty=True,
-        choices=("final", "front", "trajectory", "anchor"),
+        choices=("final", "front", "trajectory", "anchor", "benchmarks"),
     )  # fmt: skip
     iteration: int | None = key(None, "of which iteration; null: the last, or all", low=1)
     x: str = key("kl_to_sft", "metric on the horizontal axis; step and eta are metrics, too")

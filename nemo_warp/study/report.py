@@ -34,6 +34,7 @@ _KINDS = {
     "front": "LITI from the init",
     "trajectory": "policy",
     "anchor": "its anchor",
+    "benchmarks": "benchmarks",
 }
 
 

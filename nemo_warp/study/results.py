@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from nemo_warp.records import RecordError, read_completion, write_text_atomically
+from nemo_warp.reporting.page.benchmarks import read_benchmarks
 from nemo_warp.reporting.page.facts import angles
 from nemo_warp.reporting.run import Curve, read_run
 from nemo_warp.study.load import Run
@@ -31,6 +33,7 @@ def collect(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 def _measured(run: Run) -> dict[str, Any]:
     completion = read_completion(run.directory / "report")
+    curves = read_run(run.directory)
     return {
         "variant": run.variant,
         "seed": run.seed,
@@ -43,7 +46,7 @@ def _measured(run: Run) -> dict[str, Any]:
                 "position": curve.position,
                 "points": [dict(_numbers(point)) for point in curve.points],
             }
-            for curve in read_run(run.directory)
+            for curve in (*curves, *_benchmarks(run.directory, curves))
         ],
         "angles": {
             str(iteration): {name: round(degrees, 3) for name, degrees in of.items()}
@@ -52,12 +55,25 @@ def _measured(run: Run) -> dict[str, Any]:
     }
 
 
+def _benchmarks(directory: Path, curves: Sequence[Curve]) -> Iterator[Curve]:
+    """Scores along the final front, each named ``task: metric``; nothing without benchmarks."""
+    found = read_benchmarks(directory, curves)
+    if found:
+        scores = ({b.name: v for b, v in zip(found, at, strict=True)}
+                  for at in zip(*(b.values for b in found), strict=True))  # fmt: skip
+        points = [
+            {"eta": kappa, "kl_to_sft": kl, **values}
+            for kappa, kl, values in zip(found[0].kappas, found[0].kls, scores, strict=True)
+        ]
+        yield Curve("benchmarks", curves[-1].iteration, "final front, benchmarks", "eta", points)
+
+
 def _numbers(point: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """All numbers of a record, those of tables inside it with dotted names."""
+    """All finite numbers of a record, those of tables inside it with dotted names."""
     for name, value in point.items():
         if isinstance(value, Mapping):
             yield from _numbers(value, f"{prefix}{name}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
+        elif isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value):
             yield f"{prefix}{name}", round(value, _DIGITS)
 
 

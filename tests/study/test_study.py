@@ -56,6 +56,11 @@ def _finish(run, gain: float) -> None:
         for eta in (0.0, 0.5, 1.0)
     ]  # fmt: skip
     (front / "points.jsonl").write_text("".join(json.dumps(p) + "\n" for p in points))
+    (run.directory / "benchmarks").mkdir()
+    scores = [{"eta": e, "scores": {"verses": {"bits_per_byte": 1.5 + e}}} for e in (0.0, 0.5)]
+    (run.directory / "benchmarks/points.jsonl").write_text(
+        "".join(json.dumps(point) + "\n" for point in scores)
+    )
     (run.directory / "report").mkdir()
     write_completion(run.directory / "report", Completion("report", "0" * 64, {}, {}, "code", {}))
 
@@ -155,3 +160,6 @@ def test_results_survive_the_file_and_tell_curves_apart(study, tmp_path):
     assert [len(curves) for curves in trajectories] == [2, 2, 2]
     assert curves_of(results, "warp", "final")[0][0].column("length") == [20.0] * 3
     assert curves_of(results, "warp", "anchor") == []
+    scored = curves_of(results, "warp", "benchmarks")[0][0]
+    assert scored.column("verses: bits_per_byte") == [1.5, 2.0]
+    assert scored.column("kl_to_sft") == [0.0, 1.0], "of the final front"
