@@ -4,6 +4,7 @@
 VENV ?= .venv
 PYTHON ?= $(shell tools/find_python.sh)
 PYTEST_ARGS ?=
+VERSIONS ?= newest
 # Slurm's tests mostly wait, so two cores carry three workers (tests/conftest.py groups them).
 SIDE_BY_SIDE ?= -n 3 --dist loadscope --no-loadscope-reorder
 
@@ -12,7 +13,7 @@ PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_
 READY := $(VENV)/.ready-$(PYTHON_VERSION)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor demo test lint gpu-check clean
+.PHONY: help setup doctor demo test test-light lint gpu-check clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -38,6 +39,10 @@ demo: setup ## the whole method, small, on real text: no GPU needed
 
 test: setup ## every test, with linters as tests
 	$(VENV)/bin/python -m pytest --timeout=900 $(SIDE_BY_SIDE) $(PYTEST_ARGS)
+
+# Not after `setup`: it has an environment of its own.
+test-light: ## what needs no NeMo, with VERSIONS=oldest or newest (PYTHON=python3.10)
+	tools/test_light.sh "$(VERSIONS)" "$(PYTHON)" $(PYTEST_ARGS)
 
 lint: setup ## ruff, mypy, import-linter, shellcheck only
 	$(VENV)/bin/python -m pytest tests/test_style.py
