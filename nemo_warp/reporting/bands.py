@@ -35,7 +35,7 @@ def draw_band(
         colour: of the mean and the band.
         linewidth: of the mean, in points.
     """
-    x, y = metrics
+    x = metrics[0]
     curves = [curve for of_seed in seeds for curve in of_seed]
     low = max(min(curve.column(x)) for curve in curves)
     high = min(max(curve.column(x)) for curve in curves)
@@ -43,7 +43,7 @@ def draw_band(
         axes.plot([], [], color=colour, linewidth=linewidth, label=label)
         return
     grid = np.linspace(low, high, _GRID)
-    means = [[np.mean([_at(c, x, y, place) for c in s]) for s in seeds] for place in grid]
+    means = [[mean_at(s, metrics, place) for s in seeds] for place in grid]
     bands = [over_seeds(np.array(of_place)) for of_place in means]
     axes.plot(grid, [b.mean for b in bands], color=colour, linewidth=linewidth, label=label)
     if len(seeds) > 1:
@@ -51,5 +51,7 @@ def draw_band(
         axes.fill_between(grid, *ends, color=colour, alpha=0.15, linewidth=0)
 
 
-def _at(curve: Curve, x: str, y: str, place: float) -> float:
-    return reward_at(curve.column(x), curve.column(y), float(place))
+def mean_at(curves: Sequence[Curve], metrics: tuple[str, str], place: float) -> float:
+    """A seed's value: the mean over its curves at ``place``; NaN where one was not measured."""
+    x, y = metrics
+    return float(np.mean([reward_at(c.column(x), c.column(y), float(place)) for c in curves]))

@@ -84,9 +84,9 @@ def compare(groups: Sequence[Group]) -> tuple[str, dict[str, Any]]:
             }
             for name in found
         }
-        rows.append([f"{group.name} ({len(group.fronts)})", *map(_cell, found.values())])
+        rows.append([f"{group.name} ({len(group.fronts)})", *map(cell, found.values())])
         if group is not groups[0]:
-            rows.append([f"- {groups[0].name}", *(_cell(i, mark=True) for i in apart.values())])
+            rows.append([f"- {groups[0].name}", *(cell(i, mark=True) for i in apart.values())])
     header = ["group (seeds)", "hypervolume", *(f"KL {kl:g}" for kl in kls)]
     text = "\n".join(
         [
@@ -155,7 +155,8 @@ def _difference(seeds: Sequence[float], base: Sequence[float]) -> Interval:
     return Interval(mean, float(found.low), float(found.high), min(len(seeds), len(base)))
 
 
-def _cell(interval: Interval, mark: bool = False) -> str:
+def cell(interval: Interval, mark: bool = False) -> str:
+    """As tables show it: nothing where nothing was measured, a star where 0 is excluded."""
     if np.isnan(interval.mean):
         return ""
     if np.isnan(interval.low):

@@ -11,12 +11,15 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
+from nemo_warp.evidence.intervals import Interval, over_seeds
 from nemo_warp.records import write_json_atomically, write_text_atomically
-from nemo_warp.reporting.bands import draw_band
-from nemo_warp.reporting.fronts import Group, compare
+from nemo_warp.reporting.bands import draw_band, mean_at
+from nemo_warp.reporting.fronts import Group, cell, compare
 from nemo_warp.reporting.run import Curve
 from nemo_warp.reporting.style import SETTINGS, label_axes, save, series_colour
+from nemo_warp.reporting.table import markdown_rows
 from nemo_warp.schema.study import Picture, Study
 from nemo_warp.study.results import curves_of
 
@@ -38,22 +41,37 @@ _KINDS = {
 }
 
 
+_NOTE = (
+    "The pictures' numbers: mean over seeds [95 % interval, Student's t]; below it the difference "
+    "to the first line, paired by seed (* excludes 0). Between measured points values are linear."
+)
+_PLACES = 8
+
+
 def write_study(study: Study, results: list[dict[str, Any]], output: Path) -> list[Path]:
-    """Write ``compare.md``, ``compare.json`` and the pictures; the files written.
+    """Write ``compare.md``, ``compare.json``, the pictures and, in ``pictures.md``, their numbers.
 
     Args:
         study: from `load_study`.
         results: from `collect` or `read_results`.
         output: directory, made if need be.
+
+    Returns:
+        The files written.
     """
     output.mkdir(parents=True, exist_ok=True)
     files = [output / "compare.md", output / "compare.json"]
     text, values = compare(_groups(study, results))
     write_text_atomically(files[0], text + "\n")
     write_json_atomically(files[1], values)
+    tables = [_NOTE]
     for name, picture in study.pictures.items():
         files.append(output / f"{name}.png")
-        draw(picture, results, files[-1])
+        lines = _lines(picture, results)
+        draw(picture, lines, files[-1])
+        tables += ["", f"## {picture.title}", "", *table(picture, lines)]
+    files.append(output / "pictures.md")
+    write_text_atomically(files[-1], "\n".join(tables) + "\n")
     return files
 
 
@@ -61,35 +79,74 @@ def _groups(study: Study, results: Sequence[Mapping[str, Any]]) -> list[Group]:
     """The final fronts of the variants that are compared."""
     groups = []
     for name in study.compare or study.variants:
-        fronts = [curves[-1] for curves in curves_of(results, name, "final")]
+        fronts = [curves[-1] for curves in curves_of(results, name, "final").values()]
         if fronts:
             groups.append(Group(name, fronts))
     return groups
 
 
-def draw(picture: Picture, results: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """One picture: every curve thin, each variant's mean thick, its 95 % interval as a band.
+Line = tuple[str, dict[int, list[Curve]]]
+"""A label and each seed's curves."""
 
-    Variants without results yet are left out.
-    """
+
+def _lines(picture: Picture, results: Sequence[Mapping[str, Any]]) -> list[Line]:
+    """What the picture shows; variants without results yet are left out."""
+    lines = []
+    for variant, kind in product(picture.variants, picture.curves):
+        found = {}
+        for seed, curves in curves_of(results, variant, kind, picture.iteration).items():
+            if measured := _measured(curves, picture.x, picture.y):
+                found[seed] = measured
+        label = picture.variants[variant]
+        label += f", {_KINDS[kind]}" if len(picture.curves) > 1 else ""
+        lines.append((label, found))
+    return [line for line in lines if line[1]]
+
+
+def draw(picture: Picture, lines: Sequence[Line], path: Path) -> None:
+    """One picture: every curve thin, each line's mean thick, its 95 % interval as a band."""
     x, y = picture.x, picture.y
     with matplotlib.rc_context(SETTINGS):
         figure = Figure(figsize=(7.2, 5.0), layout="constrained")
         axes = figure.subplots()
-        for index, (variant, kind) in enumerate(product(picture.variants, picture.curves)):
-            seeds = curves_of(results, variant, kind, picture.iteration)
-            seeds = [_measured(curves, x, y) for curves in seeds]
-            seeds = [curves for curves in seeds if curves]
-            label = picture.variants[variant]
-            label += f", {_KINDS[kind]}" if len(picture.curves) > 1 else ""
-            if seeds:
-                _draw_variant(axes, seeds, (x, y), label, series_colour(index))
+        for index, (label, seeds) in enumerate(lines):
+            _draw_variant(axes, list(seeds.values()), (x, y), label, series_colour(index))
         if picture.x_max is not None:
             axes.set_xlim(-0.02 * picture.x_max, picture.x_max)
         label_axes(axes, _UNITS.get(x, x), _UNITS.get(y, y), picture.title)
-        if axes.get_legend_handles_labels()[1]:
+        if lines:
             axes.legend()
         save(figure, path)
+
+
+def table(picture: Picture, lines: Sequence[Line]) -> list[str]:
+    """The picture's numbers: each line's mean over seeds, and its difference to the first one's.
+
+    Differences are paired: only seeds that both lines have, seed by seed. Places are round numbers
+    that the longest curve reaches; where a curve was not measured, the cell is empty.
+    """
+    if not lines:
+        return ["Nothing has been measured yet."]
+    metrics, base = (picture.x, picture.y), lines[0][1]
+    curves = [curve for _, seeds in lines for of_seed in seeds.values() for curve in of_seed]
+    measured = np.concatenate([curve.column(picture.x) for curve in curves])
+    low, high = measured.min(), measured.max() if picture.x_max is None else picture.x_max
+    places = [p for p in MaxNLocator(_PLACES).tick_values(low, high) if low <= p <= high]
+    rows = []
+    for label, seeds in lines:
+        at = {s: np.array([mean_at(cs, metrics, p) for p in places]) for s, cs in seeds.items()}
+        rows.append([f"{label} ({len(seeds)})", *map(cell, _over(list(at.values())))])
+        shared = [seed for seed in seeds if seed in base]
+        if seeds is not base and shared:
+            apart = [at[s] - [mean_at(base[s], metrics, p) for p in places] for s in shared]
+            rows.append([f"- {lines[0][0]}", *(cell(i, mark=True) for i in _over(apart))])
+    header = [_UNITS.get(picture.x, picture.x), *(f"{place:g}" for place in places)]
+    return markdown_rows(header, rows)
+
+
+def _over(seeds: Sequence[np.ndarray]) -> list[Interval]:
+    """An interval over seeds at each place; of no seed where one of them was not measured."""
+    return [over_seeds(of_place) for of_place in np.array(seeds).T]
 
 
 def _measured(curves: Sequence[Curve], x: str, y: str) -> list[Curve]:

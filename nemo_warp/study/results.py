@@ -97,8 +97,8 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
 def curves_of(
     results: Sequence[Mapping[str, Any]], variant: str, kind: str, iteration: int | None = None
-) -> list[list[Curve]]:
-    """Curves of one kind, by seed.
+) -> dict[int, list[Curve]]:
+    """Seed -> curves of one kind; without seeds that have none.
 
     Args:
         results: from `collect`.
@@ -106,11 +106,11 @@ def curves_of(
         kind: as in `Curve`; of ``front`` those from the iteration's init.
         iteration: None for the last one; of trajectories and anchors, for all.
     """
-    found = []
+    found = {}
     for result in (r for r in results if r["variant"] == variant):
         curves = [Curve(**curve) for curve in result["curves"] if curve["kind"] == kind]
         curves = [c for c in curves if kind != "front" or c.name.endswith("from init")]
         last = max((curve.iteration for curve in curves), default=0)
         wanted = iteration or (last if kind in ("front", "final") else None)
-        found.append([c for c in curves if wanted in (None, c.iteration)])
-    return [curves for curves in found if curves]
+        found[result["seed"]] = [c for c in curves if wanted in (None, c.iteration)]
+    return {seed: curves for seed, curves in found.items() if curves}

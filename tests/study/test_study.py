@@ -130,7 +130,7 @@ def test_report_compares_and_draws_from_results_alone(study, tmp_path, capsys):
     assert main(["study", str(study), "--report", str(output)]) == exit_codes.DONE
     names = {path.name for path in output.iterdir()}
     assert names == {
-        *("compare.md", "compare.json", "results.json"),
+        *("compare.md", "compare.json", "pictures.md", "results.json"),
         *("fronts.png", "fronts.svg", "steps.png", "steps.svg"),
     }
     compared = json.loads((output / "compare.json").read_text())["groups"]
@@ -138,6 +138,12 @@ def test_report_compares_and_draws_from_results_alone(study, tmp_path, capsys):
     # reward = gain * sqrt(KL), measured at KL 0, 1 and 4: exact at 1
     assert at_one["mean"] == pytest.approx(0.2 + 0.01 * 2) and at_one["count"] == 3
     assert compared["lerp"]["kl 1"]["to_first"]["mean"] == pytest.approx(0.115 - 0.22)
+    # at KL 1 of the picture's table: seeds 1 to 3 of SLERP, and of LERP 1 and 2 in pairs
+    table = (output / "pictures.md").read_text().splitlines()
+    at = [cell.strip() for cell in table[4].split("|")].index("1")
+    means = [row.split("|")[at].split()[0] for row in table[6:9]]
+    assert means == ["0.220", "0.115", "-0.100"]
+    assert "[-0.100, -0.100] *" in table[8]
 
     again = tmp_path / "again"
     results = output / "results.json"
@@ -157,9 +163,9 @@ def test_results_survive_the_file_and_tell_curves_apart(study, tmp_path):
     assert read_results(tmp_path / "results.json") == results
     assert {result["code_version"] for result in results} == {"code"}
     trajectories = curves_of(results, "warp", "trajectory", 1)
-    assert [len(curves) for curves in trajectories] == [2, 2, 2]
-    assert curves_of(results, "warp", "final")[0][0].column("length") == [20.0] * 3
-    assert curves_of(results, "warp", "anchor") == []
-    scored = curves_of(results, "warp", "benchmarks")[0][0]
+    assert {seed: len(curves) for seed, curves in trajectories.items()} == {1: 2, 2: 2, 3: 2}
+    assert curves_of(results, "warp", "final")[1][0].column("length") == [20.0] * 3
+    assert curves_of(results, "warp", "anchor") == {}
+    scored = curves_of(results, "warp", "benchmarks")[1][0]
     assert scored.column("verses: bits_per_byte") == [1.5, 2.0]
     assert scored.column("kl_to_sft") == [0.0, 1.0], "of the final front"
