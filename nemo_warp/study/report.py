@@ -127,18 +127,20 @@ def table(picture: Picture, lines: Sequence[Line]) -> list[str]:
     """
     if not lines:
         return ["Nothing has been measured yet."]
-    metrics, base = (picture.x, picture.y), lines[0][1]
+    metrics = picture.x, picture.y
     curves = [curve for _, seeds in lines for of_seed in seeds.values() for curve in of_seed]
     measured = np.concatenate([curve.column(picture.x) for curve in curves])
     low, high = measured.min(), measured.max() if picture.x_max is None else picture.x_max
     places = [p for p in MaxNLocator(_PLACES).tick_values(low, high) if low <= p <= high]
-    rows = []
-    for label, seeds in lines:
-        at = {s: np.array([mean_at(cs, metrics, p) for p in places]) for s, cs in seeds.items()}
-        rows.append([f"{label} ({len(seeds)})", *map(cell, _over(list(at.values())))])
-        shared = [seed for seed in seeds if seed in base]
-        if seeds is not base and shared:
-            apart = [at[s] - [mean_at(base[s], metrics, p) for p in places] for s in shared]
+    at = [
+        {seed: np.array([mean_at(found, metrics, p) for p in places]) for seed, found in of.items()}
+        for _, of in lines
+    ]
+    rows, base = [], at[0]
+    for (label, _), values in zip(lines, at, strict=True):
+        rows.append([f"{label} ({len(values)})", *map(cell, _over(list(values.values())))])
+        apart = [values[seed] - base[seed] for seed in values if seed in base]
+        if values is not base and apart:
             rows.append([f"- {lines[0][0]}", *(cell(i, mark=True) for i in _over(apart))])
     header = [_UNITS.get(picture.x, picture.x), *(f"{place:g}" for place in places)]
     return markdown_rows(header, rows)
