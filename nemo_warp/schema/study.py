@@ -25,12 +25,17 @@ class Picture:
 
     title: str = key(REQUIRED, "what is shown", nonempty=True)
     variants: dict[str, str] = key({}, "variant -> its label", nonempty=True)
+    sweeps: dict[str, dict[str, float]] = key(
+        {}, "label -> variant -> its place on the horizontal axis: a line through the ends of the "
+        "variants' curves, in place of or beside `variants`", nonempty=True,
+    )  # fmt: skip
     curves: list[str] = key(
         ["final"], "which measurements; several are lines of their own", nonempty=True,
-        choices=("final", "front", "trajectory", "anchor", "benchmarks"),
+        choices=("final", "front", "trajectory", "anchor", "benchmarks", "layers"),
     )  # fmt: skip
     iteration: int | None = key(None, "of which iteration; null: the last, or all", low=1)
-    x: str = key("kl_to_sft", "metric on the horizontal axis; step and eta are metrics, too")
+    x: str = key("kl_to_sft", "metric on the horizontal axis; step, eta and layer are metrics, "
+                 "too; of sweeps its name")  # fmt: skip
     y: str = key("reward", "metric on the vertical axis")
     x_max: float | None = key(None, "end of the horizontal axis; null: of the longest curve")
 

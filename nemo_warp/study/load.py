@@ -60,6 +60,9 @@ def load_study(file: Path, directory: Path | None = None) -> Study:
     study = Study(**values)
     if directory is not None:
         study.directory = str(directory)
+    for name, picture in study.pictures.items():
+        if not picture.variants and not picture.sweeps:
+            raise ValueError(f"pictures.{name} in {file} shows nothing: give variants or sweeps")
     for where, wanted in _mentioned(study):
         for name in wanted:
             if name not in study.variants:
@@ -106,3 +109,5 @@ def _mentioned(study: Study) -> Iterator[tuple[str, Sequence[str]]]:
         yield f"variants.{name}.members_of", [variant.members_of] if variant.members_of else ()
     for name, picture in study.pictures.items():
         yield f"pictures.{name}.variants", tuple(picture.variants)
+        for label, places in picture.sweeps.items():
+            yield f"pictures.{name}.sweeps.{label}", tuple(places)

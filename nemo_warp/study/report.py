@@ -30,6 +30,12 @@ _UNITS = {
     "entropy": "entropy (nats per token)",
     "step": "step",
     "eta": "η or κ",
+    "layer": "group of tensors: embedding, layers, final norm",
+    "angle": "angle between task vectors (degrees)",
+    "norm_ratio": "ratio of the task vectors' norms",
+    "weights_angle": "angle between full weights (degrees)",
+    "distinct_2": "distinct bigrams (share)",
+    "self_bleu": "self-BLEU of a prompt's generations",
 }
 
 _KINDS = {
@@ -38,6 +44,7 @@ _KINDS = {
     "trajectory": "policy",
     "anchor": "its anchor",
     "benchmarks": "benchmarks",
+    "layers": "layers",
 }
 
 
@@ -91,7 +98,7 @@ Line = tuple[str, dict[int, list[Curve]]]
 
 def _lines(picture: Picture, results: Sequence[Mapping[str, Any]]) -> list[Line]:
     """What the picture shows; variants without results yet are left out."""
-    lines = []
+    lines = [(label, _sweep(picture, label, results)) for label in picture.sweeps]
     for variant, kind in product(picture.variants, picture.curves):
         found = {}
         for seed, curves in curves_of(results, variant, kind, picture.iteration).items():
@@ -101,6 +108,23 @@ def _lines(picture: Picture, results: Sequence[Mapping[str, Any]]) -> list[Line]
         label += f", {_KINDS[kind]}" if len(picture.curves) > 1 else ""
         lines.append((label, found))
     return [line for line in lines if line[1]]
+
+
+def _sweep(
+    picture: Picture, label: str, results: Sequence[Mapping[str, Any]]
+) -> dict[int, list[Curve]]:
+    """Each seed's line through the last points of several variants' curves."""
+    kind = picture.curves[0]
+    found: dict[int, list[list[dict[str, Any]]]] = {}
+    for variant, place in sorted(picture.sweeps[label].items(), key=lambda item: item[1]):
+        for seed, curves in curves_of(results, variant, kind, picture.iteration).items():
+            ends = [{**curve.points[-1], picture.x: place} for curve in curves if curve.points]
+            found.setdefault(seed, []).append(ends)
+    return {
+        seed: [Curve(kind, 0, label, picture.x, list(points)) for points in zip(*ends, strict=True)]
+        for seed, ends in found.items()
+        if len(ends) == len(picture.sweeps[label])
+    }
 
 
 def draw(picture: Picture, lines: Sequence[Line], path: Path) -> None:

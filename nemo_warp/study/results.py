@@ -10,8 +10,9 @@ from typing import Any
 
 from nemo_warp.records import RecordError, read_completion, write_text_atomically
 from nemo_warp.reporting.page.benchmarks import read_benchmarks
-from nemo_warp.reporting.page.facts import angles
+from nemo_warp.reporting.page.facts import layers
 from nemo_warp.reporting.run import Curve, read_run
+from nemo_warp.reporting.write import MEASURES
 from nemo_warp.study.load import Run
 
 FILE = "results.json"
@@ -34,6 +35,7 @@ def collect(runs: Sequence[Run]) -> list[dict[str, Any]]:
 def _measured(run: Run) -> dict[str, Any]:
     completion = read_completion(run.directory / "report")
     curves = read_run(run.directory)
+    more = _measures(run.directory / "report" / MEASURES)
     return {
         "variant": run.variant,
         "seed": run.seed,
@@ -44,15 +46,31 @@ def _measured(run: Run) -> dict[str, Any]:
                 "iteration": curve.iteration,
                 "name": curve.name,
                 "position": curve.position,
-                "points": [dict(_numbers(point)) for point in curve.points],
+                "points": [dict(_numbers(p)) for p in more.get(curve.name, curve.points)],
             }
-            for curve in (*curves, *_benchmarks(run.directory, curves))
+            for curve in (*curves, *_benchmarks(run.directory, curves), *_layers(run.directory))
         ],
-        "angles": {
-            str(iteration): {name: round(degrees, 3) for name, degrees in of.items()}
-            for iteration, of in angles(run.directory).items()
-        },
     }
+
+
+def _measures(file: Path) -> dict[str, list[dict[str, Any]]]:
+    """Curve's name -> its points, with what the run's report found in their responses.
+
+    Raises:
+        RecordError: the file is missing or damaged.
+    """
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise RecordError(f"{file} cannot be read: {error}; nemo-warp report {file.parent.parent}"
+                          " writes it again") from error  # fmt: skip
+
+
+def _layers(directory: Path) -> Iterator[Curve]:
+    """Angles and ratios of norms of each merge, over the groups of tensors in their order."""
+    for iteration, groups in layers(directory).items():
+        points = [{"layer": place, **values} for place, values in enumerate(groups.values())]
+        yield Curve("layers", iteration, f"iteration {iteration}, layers", "layer", points)
 
 
 def _benchmarks(directory: Path, curves: Sequence[Curve]) -> Iterator[Curve]:

@@ -104,7 +104,8 @@ def run(tmp_path):
     (root / "final/completion.json").write_text(json.dumps({"details": {"chosen": chosen}}))
     report = root / "iteration_01/merge/report/report.json"
     report.parent.mkdir(parents=True)
-    pairs = [{"task_vectors": {"angle": 77.0}}]
+    pairs = [{"task_vectors": {"angle": 77.0, "norm_ratio": 1.1},
+              "weights": {"angle": 1.0, "norm_ratio": 1.0}}]  # fmt: skip
     units = {"decoder.layers.0": {"depth": 0, "pairs": pairs}, "embedding": {"pairs": pairs}}
     report.write_text(json.dumps({"units": units}))
     (root / "recipe.yaml").write_text(
@@ -143,6 +144,9 @@ def test_page_in_a_browser(run, tmp_path, capsys):
     assert (first["reward"], second["passed"]) == (pytest.approx(42.5 / 60), pytest.approx(55 / 60))
     assert second["kl"] == pytest.approx(9 + 0.6931 - 0.5, abs=1e-3)
     assert points[2]["distinct_1"] == pytest.approx(6 / (60 * 8))
+    # To itself SFT is preferred half of the time; at 1, of 120 responses 85 have 1 for SFT's 0.
+    assert points[0]["preferred"] == {"reward": 0.5, "tone": 0.5}
+    assert points[2]["preferred"] == {"reward": pytest.approx((85 + 35 / 2) / 120), "tone": 1.0}
     if CHROMIUM is None:
         pytest.skip("chromium is not installed (apt-get install chromium)")
     picture = tmp_path / "page.png"
@@ -171,6 +175,7 @@ def test_page_in_a_browser(run, tmp_path, capsys):
         "length (characters)",
         "distinct bigrams (share, 256 responses)",
         "best of N at 0.5",
+        "preferred to SFT by tone (share)",
         "verses: bits_per_byte",
         "iteration 1, member 1 anchor",
     ):

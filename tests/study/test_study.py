@@ -26,6 +26,8 @@ compare: [warp, lerp]
 pictures:
   fronts: {{title: fronts, variants: {{warp: SLERP, lerp: LERP}}}}
   steps: {{title: steps, curves: [trajectory], x: step, variants: {{warp: members}}}}
+  methods: {{title: methods, x: method, sweeps: {{ends: {{warp: 0, lerp: 1}}}}}}
+  angles: {{title: angles, curves: [layers], x: layer, y: angle, variants: {{warp: members}}}}
 """
 
 
@@ -61,8 +63,28 @@ def _finish(run, gain: float) -> None:
     (run.directory / "benchmarks/points.jsonl").write_text(
         "".join(json.dumps(point) + "\n" for point in scores)
     )
+    _write_angles(run.directory, {"decoder.layers.0": 80.0, "embedding": 70.0 + run.seed})
     (run.directory / "report").mkdir()
+    measures = {"final front, LITI from sft": [{**p, "self_bleu": 3.0} for p in points]}
+    (run.directory / "report/measures.json").write_text(json.dumps(measures))
     write_completion(run.directory / "report", Completion("report", "0" * 64, {}, {}, "code", {}))
+
+
+def _write_angles(run, angles: dict[str, float]) -> None:
+    """A merge's report: two pairs of members per group, the angle on average."""
+    file = run / "iteration_01/merge/report/report.json"
+    file.parent.mkdir(parents=True)
+    weights = {"angle": 2.0, "norm_ratio": 1.0}
+    units = {
+        name: {"depth": None if name == "embedding" else 0, "pairs": [
+            {"task_vectors": {"angle": angle + apart, "norm_ratio": 1.1}, "weights": weights}
+            for apart in (-5, 5)
+        ]}
+        for name, angle in angles.items()
+    }  # fmt: skip
+    units["unchanged"] = {"pairs": [{"task_vectors": {"angle": None, "norm_ratio": None},
+                                     "weights": weights}]}  # fmt: skip
+    file.write_text(json.dumps({"units": units}))
 
 
 def test_runs_are_variants_times_seeds_and_wait_for_the_members_they_take(study, tmp_path):
@@ -87,6 +109,9 @@ def test_runs_are_variants_times_seeds_and_wait_for_the_members_they_take(study,
         ("seeds: [1, 2]\n", "seeds: [one]\n", "seeds"),
         ("curves: [trajectory]", "curves: [path]", "pictures.steps.curves"),
         ("recipe: recipes/tiny", "recepi: recipes/tiny", "recepi"),
+        ("{warp: 0, lerp: 1}", "{warp: 0, lurp: 1}", "pictures.methods.sweeps.ends .* 'lurp'"),
+        ("{warp: 0, lerp: 1}", "{warp: near}", "pictures.methods.sweeps.ends.warp.* a number"),
+        ("y: angle, variants: {warp: members}", "y: angle", "pictures.angles .* shows nothing"),
     ],
 )
 def test_a_mistake_in_the_file_is_one_sentence(study, capsys, old, new, message):
@@ -131,7 +156,11 @@ def test_report_compares_and_draws_from_results_alone(study, tmp_path, capsys):
     names = {path.name for path in output.iterdir()}
     assert names == {
         *("compare.md", "compare.json", "pictures.md", "results.json"),
-        *("fronts.png", "fronts.svg", "steps.png", "steps.svg"),
+        *(
+            f"{name}.{suffix}"
+            for name in ("fronts", "steps", "methods", "angles")
+            for suffix in ("png", "svg")
+        ),
     }
     compared = json.loads((output / "compare.json").read_text())["groups"]
     at_one = compared["warp"]["kl 1"]
@@ -144,6 +173,12 @@ def test_report_compares_and_draws_from_results_alone(study, tmp_path, capsys):
     means = [row.split("|")[at].split()[0] for row in table[6:9]]
     assert means == ["0.220", "0.115", "-0.100"]
     assert "[-0.100, -0.100] *" in table[8]
+    # the ends of both variants' fronts (eta = 1), of the seeds that both have: gain * 2
+    at = table.index("## methods")
+    places = [float(cell) for cell in table[at + 2].split("|")[2:-1]]
+    means = [float(cell.split()[0]) for cell in table[at + 4].split("|")[2:-1]]
+    # 2 * (0.2 + 0.01 * seed) at 0, and 0.1 in place of 0.2 at 1
+    assert places[0] == 0 and means == pytest.approx([0.43 - 0.2 * place for place in places])
 
     again = tmp_path / "again"
     results = output / "results.json"
@@ -169,3 +204,7 @@ def test_results_survive_the_file_and_tell_curves_apart(study, tmp_path):
     scored = curves_of(results, "warp", "benchmarks")[1][0]
     assert scored.column("verses: bits_per_byte") == [1.5, 2.0]
     assert scored.column("kl_to_sft") == [0.0, 1.0], "of the final front"
+    assert curves_of(results, "warp", "final")[1][0].column("self_bleu") == [3.0] * 3
+    angles = curves_of(results, "warp", "layers", 1)[2][0]
+    assert angles.column("angle") == [72.0, 80.0], "by depth, the mean over pairs"
+    assert angles.column("weights_angle") == [2.0, 2.0]

@@ -41,19 +41,31 @@ def _rewards(run: Path) -> str:
     return ", ".join(_recipe(run).get("rewards") or {}) or "unknown rewards"
 
 
-def angles(run: Path) -> dict[int, dict[str, float]]:
-    """Iteration -> group of tensors -> mean angle between pairs of task vectors (degrees)."""
+def layers(run: Path) -> dict[int, dict[str, dict[str, float]]]:
+    """What the merges found between the members, layer by layer (figure 11).
+
+    Returns:
+        Iteration -> group of tensors, by depth -> ``angle`` (degrees) and ``norm_ratio`` of task
+        vectors, and the same with ``weights_`` before it of full weights: means over pairs.
+    """
     found = {}
     for path in sorted(run.glob("iteration_*/merge/report/report.json")):
         # JSON is stored with sorted keys: layer 10 would come before layer 2.
         units = dict(sorted(_json(path).get("units", {}).items(), key=_depth))
-        by_unit = {
-            name: [a for pair in unit.get("pairs", []) if (a := pair["task_vectors"]["angle"])]
-            for name, unit in units.items()
-        }
+        of_units = {name: _of_pairs(unit.get("pairs", [])) for name, unit in units.items()}
         iteration = int(path.parts[-4].removeprefix("iteration_"))
-        found[iteration] = {n: sum(values) / len(values) for n, values in by_unit.items() if values}
+        found[iteration] = {name: values for name, values in of_units.items() if values}
     return {iteration: values for iteration, values in found.items() if values}
+
+
+def _of_pairs(pairs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Means over pairs of members; nothing of a group that a member did not change."""
+    means = {}
+    for kind, prefix in (("task_vectors", ""), ("weights", "weights_")):
+        known = [pair[kind] for pair in pairs if pair[kind]["angle"] is not None]
+        for name in ("angle", "norm_ratio") if known else ():
+            means[prefix + name] = sum(pair[name] for pair in known) / len(known)
+    return means if "angle" in means else {}
 
 
 def published(run: Path) -> list[str]:

@@ -64,9 +64,19 @@ def along(curves: Sequence[Curve], diversity: Mapping[str, Mapping[str, list[flo
     Args:
         diversity: measure -> curve's name -> one number per point, NaN where unknown.
     """
+    measures = {title: {c.name: c.column(name) for c in curves} for name, title in ALONG.items()}
+    return against_kl(curves, {**measures, **diversity})
+
+
+def against_kl(
+    curves: Sequence[Curve], measures: Mapping[str, Mapping[str, list[float]]]
+) -> go.Figure:
+    """A panel for each measure that is known anywhere.
+
+    Args:
+        measures: title -> curve's name -> one number per point, NaN where unknown.
+    """
     shown = [curve for curve in curves if _is_shown(curve)]
-    measures = {title: {c.name: c.column(name) for c in shown} for name, title in ALONG.items()}
-    measures |= {title: dict(values) for title, values in diversity.items()}
     measures = {
         title: values
         for title, values in measures.items()
@@ -82,14 +92,14 @@ def along(curves: Sequence[Curve], diversity: Mapping[str, Mapping[str, list[flo
     return figure
 
 
-def angles(by_iteration: Mapping[int, Mapping[str, float]]) -> go.Figure:
+def angles(by_iteration: Mapping[int, Mapping[str, Mapping[str, float]]]) -> go.Figure:
     """Angle in degrees between the members' task vectors, per layer; 90 degrees is marked."""
     figure = _figure(380)
     for iteration, values in by_iteration.items():
         figure.add_trace(
             go.Scatter(
                 x=list(values),
-                y=list(values.values()),
+                y=[of_layer["angle"] for of_layer in values.values()],
                 mode="lines+markers",
                 name=f"iteration {iteration}",
                 line={"color": iteration_colour(iteration)},

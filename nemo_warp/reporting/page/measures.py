@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from nemo_warp.evidence.best_of import best_of, best_of_kl, pass_at
+from nemo_warp.evidence.preference import by_scores
 from nemo_warp.evidence.responses import Responses, read_responses, responses_file
 from nemo_warp.evidence.texts import distinct, self_bleu, similarity
 from nemo_warp.evidence.trends import Parting, parting
@@ -53,10 +54,13 @@ class Measures:
     Attributes:
         values: by the names of `TITLES`, NaN where it cannot be known.
         best_of: for n = 1, 2, 4, ... up to the generations; empty where rewards failed.
+        preferred: the reward and each judge -> how often its score prefers the point's response
+            to SFT's for the same prompt, a tie counting half; empty where either is not known.
     """
 
     values: dict[str, float]
     best_of: list[BestOf] = field(default_factory=list)
+    preferred: dict[str, float] = field(default_factory=dict)
 
 
 def responses_of(curve: Curve, point: dict[str, Any]) -> Responses | None:
@@ -68,8 +72,19 @@ def responses_of(curve: Curve, point: dict[str, Any]) -> Responses | None:
     return read_responses(path) if path.exists() else None
 
 
-def measure(responses: Responses) -> Measures:
-    """All measures of a point's responses."""
+def sft_responses(curves: Sequence[Curve]) -> Responses | None:
+    """Those of kappa = 0 on the final front, which is SFT; None where it was not measured."""
+    points = [(c, p) for c in curves if c.kind == "final" for p in c.points if p["eta"] == 0]
+    return responses_of(*points[-1]) if points else None
+
+
+def measure(responses: Responses, sft: Responses | None = None) -> Measures:
+    """All measures of a point's responses.
+
+    Args:
+        responses: of the point.
+        sft: of the SFT model, on the same prompts or others.
+    """
     generations = list(zip(*responses.texts, strict=True))
     values = {
         "characters": float(responses.number("characters").mean()),
@@ -82,7 +97,7 @@ def measure(responses: Responses) -> Measures:
     if len(generations) > 1:
         values["self_bleu"] = self_bleu(generations)
         values["similarity"] = float(similarity(*generations[:2]).mean())
-    return Measures(values, _best_of(responses))
+    return Measures(values, _best_of(responses), {} if sft is None else _preferred(responses, sft))
 
 
 def _best_of(responses: Responses) -> list[BestOf]:
@@ -108,6 +123,18 @@ def _best_of(responses: Responses) -> list[BestOf]:
         )
         for n in sizes
     ]
+
+
+def _preferred(responses: Responses, sft: Responses) -> dict[str, float]:
+    """Name -> rate (the paper's side by side with SFT); only on equal prompts."""
+    if responses.prompts != sft.prompts:
+        return {}
+    names = [n for n in responses.numbers if n == "reward" or n.startswith("judge:")]
+    return {
+        name.removeprefix("judge:"): by_scores(responses.number(name), sft.number(name)).rate.mean
+        for name in names
+        if _scored(responses, name) and _scored(sft, name)
+    }
 
 
 def partings(curve: Curve) -> dict[str, Parting | None]:
@@ -153,4 +180,5 @@ def _plain(point: dict[str, Any]) -> dict[str, Any]:
 
 def _measures(found: Measures) -> dict[str, Any]:
     values = {name: None if math.isnan(v) else v for name, v in found.values.items()}
-    return {**values, "best_of": [best.__dict__ for best in found.best_of]}
+    best_of = [best.__dict__ for best in found.best_of]
+    return {**values, "best_of": best_of, "preferred": found.preferred}

@@ -91,6 +91,9 @@ def _sections(
     if judges:
         shown = _figure(figures.judges(curves, judges))
         yield "Judges", shown + _lines(facts.judge_lines(curves))
+    preferred = _preferred(measured)
+    if preferred:
+        yield "Side by side with SFT", _figure(figures.against_kl(curves, preferred))
     yield "Length, entropy and diversity", _figure(figures.along(curves, _by_title(measured)))
     header, rows = facts.best_of_rows(curves, measured)
     if rows:
@@ -103,9 +106,9 @@ def _sections(
     alarms = facts.alarms(curves)
     if alarms:
         yield "Alarms", _table(("member", "first at step", "alarm"), alarms)
-    angles = facts.angles(run)
-    if angles:
-        yield "Angles between task vectors", _figure(figures.angles(angles))
+    layers = facts.layers(run)
+    if layers:
+        yield "Angles between task vectors", _figure(figures.angles(layers))
     texts = facts.sample_texts(curves)
     if texts:
         yield "Sample texts along the front", _table(*texts)
@@ -128,6 +131,21 @@ def _by_title(
             for curve, points in measured.items()
         }
         for name, title in TITLES.items()
+    }
+
+
+def _preferred(
+    measured: Mapping[str, Sequence[Measures | None]],
+) -> dict[str, dict[str, list[float]]]:
+    """As `_by_title`, for the reward and each judge: how often it prefers the point to SFT."""
+    points = [m for of_curve in measured.values() for m in of_curve if m is not None]
+    names = dict.fromkeys(name for point in points for name in point.preferred)
+    return {
+        f"preferred to SFT by {name} (share)": {
+            curve: [math.nan if m is None else m.preferred.get(name, math.nan) for m in of_curve]
+            for curve, of_curve in measured.items()
+        }
+        for name in names
     }
 
 
