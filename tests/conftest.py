@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: OpenMP does not survive a fork
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Many images forbid to write bytecode: hundreds of processes would compile the same packages again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 import pytest
 
