@@ -22,10 +22,13 @@ LLAMA3 = (
 
 
 def write_gemma_tokenizer(folder: Path, vocabulary: int) -> None:
-    """SentencePiece with control pieces (BOS) and user-defined ones (turns)."""
-    import sentencepiece
-    import transformers
+    """SentencePiece with control pieces (BOS) and user-defined ones (turns).
 
+    Its settings are those that transformers 4 saves; 5 adds a tokenizer.json with one token more.
+    """
+    import sentencepiece
+
+    special, turns = ["<pad>", "<eos>", "<bos>", "<unk>"], ["<start_of_turn>", "<end_of_turn>"]
     text = folder / "text.txt"
     text.write_text(tiny_models._TEXT)
     sentencepiece.SentencePieceTrainer.train(
@@ -33,17 +36,23 @@ def write_gemma_tokenizer(folder: Path, vocabulary: int) -> None:
         model_type="bpe", character_coverage=1.0, normalization_rule_name="identity",
         add_dummy_prefix=False, remove_extra_whitespaces=False, num_threads=1, minloglevel=2,
         pad_id=0, eos_id=1, bos_id=2, unk_id=3, pad_piece="<pad>", eos_piece="<eos>",
-        bos_piece="<bos>", user_defined_symbols=["<start_of_turn>", "<end_of_turn>", "\n"],
+        bos_piece="<bos>", user_defined_symbols=[*turns, "\n"],
     )  # fmt: skip
     (folder / "tokenizer.vocab").unlink()
     text.unlink()
-    tokenizer = transformers.GemmaTokenizer(str(folder / "tokenizer.model"))
-    tokenizer.add_special_tokens(
-        {"additional_special_tokens": ["<start_of_turn>", "<end_of_turn>"]}
-    )
-    tokenizer.chat_template = GEMMA
-    tokenizer.save_pretrained(folder)
-    _write_ends(folder, [1, tokenizer.convert_tokens_to_ids("<end_of_turn>")])
+    plain = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    settings = {
+        **{"tokenizer_class": "GemmaTokenizer", "add_bos_token": True, "add_eos_token": False},
+        **{f"{token[1:-1]}_token": token for token in special},
+        **{"additional_special_tokens": turns, "clean_up_tokenization_spaces": False},
+        "added_tokens_decoder": {
+            str(number): {"content": token, **plain, "special": True}
+            for number, token in enumerate(special + turns)
+        },
+        "chat_template": GEMMA,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    _write_ends(folder, special.index("<bos>"), [1, len(special) + 1])
 
 
 def write_llama3_tokenizer(folder: Path, vocabulary: int) -> None:
@@ -63,22 +72,20 @@ def write_llama3_tokenizer(folder: Path, vocabulary: int) -> None:
     tokenizer.train_from_iterator([tiny_models._TEXT], trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
     fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=special[0], eos_token=special[1]
-    )
+        tokenizer_object=tokenizer, bos_token=special[0], eos_token=special[1],
+        clean_up_tokenization_spaces=False,  # as since transformers 4.45
+    )  # fmt: skip
     fast.chat_template = LLAMA3
     fast.save_pretrained(folder)
-    ends = [fast.convert_tokens_to_ids(token) for token in (special[1], "<|eot_id|>")]
-    _write_ends(folder, ends)
+    first, *ends = map(fast.convert_tokens_to_ids, (*special[:2], "<|eot_id|>"))
+    _write_ends(folder, first, ends)
 
 
-def _write_ends(folder: Path, ends: list[int]) -> None:
+def _write_ends(folder: Path, first: int, ends: list[int]) -> None:
     """Several end tokens in generation_config.json, and those of the tokenizer in config.json."""
-    path = folder / "generation_config.json"
+    path, config = folder / "generation_config.json", folder / "config.json"
     found = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps({**found, "eos_token_id": ends}))
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    config, first = folder / "config.json", settings["bos_token"]
-    numbers = {one["content"]: int(n) for n, one in settings["added_tokens_decoder"].items()}
     if config.exists():
-        keys = {**json.loads(config.read_text()), "bos_token_id": numbers[first]}
+        keys = {**json.loads(config.read_text()), "bos_token_id": first}
         config.write_text(json.dumps({**keys, "eos_token_id": ends[0]}))

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from every_reference import replace_function
 from synthetic_checkpoints import tiny_weights, write_nemo, write_torch_dist
 
 from nemo_warp import exit_codes
@@ -72,7 +73,7 @@ def _interrupt(number: int, action) -> list[int]:
         return call
 
     for name in CALLS:
-        setattr(os, name, watched(getattr(os, name)))
+        replace_function(os, name, watched(getattr(os, name)))
     return counted
 
 
@@ -124,6 +125,7 @@ def undisturbed(models, tmp_path_factory):
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trial", range(30))
 def test_kill_at_a_random_moment(models, undisturbed, tmp_path, trial):
     rng = random.Random(trial)

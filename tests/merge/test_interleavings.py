@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from every_reference import replace_function
 from synthetic_checkpoints import write_torch_dist
 
 from nemo_warp.merge import merge
@@ -107,7 +108,7 @@ def _child(say: int, go: int, merge_arguments) -> None:
 
     for module, names in EFFECTS.items():
         for name in names:
-            setattr(module, name, watched(name, getattr(module, name)))
+            replace_function(module, name, watched(name, getattr(module, name)))
     try:
         _merge(*merge_arguments)
         os.write(say, DONE)

@@ -71,6 +71,7 @@ def _sandbox(directory: Path) -> Sandbox:
     return sandbox
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_killed_at_each_change(tmp_path_factory: pytest.TempPathFactory) -> None:
     undisturbed = _sandbox(tmp_path_factory.mktemp("undisturbed"))
