@@ -11,6 +11,8 @@ SIDE_BY_SIDE ?= -n 3 --dist loadscope --no-loadscope-reorder
 # Set-up is done once per Python version and again when what it installs changes.
 PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 READY := $(VENV)/.ready-$(PYTHON_VERSION)
+# Where PYTHON is not given, tools/find_python.sh finds the one that fits VERSIONS.
+LIGHT_PYTHON = $(if $(filter file,$(origin PYTHON)),,$(PYTHON))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup doctor demo test test-light lint gpu-check clean
@@ -41,8 +43,8 @@ test: setup ## every test, with linters as tests
 	$(VENV)/bin/python -m pytest --timeout=900 $(SIDE_BY_SIDE) $(PYTEST_ARGS)
 
 # Not after `setup`: it has an environment of its own.
-test-light: ## what needs no NeMo, with VERSIONS=oldest or newest (PYTHON=python3.10)
-	tools/test_light.sh "$(VERSIONS)" "$(PYTHON)" $(PYTEST_ARGS)
+test-light: ## what needs no NeMo, with VERSIONS=oldest, newest or container
+	tools/test_light.sh "$(VERSIONS)" "$(LIGHT_PYTHON)" $(SIDE_BY_SIDE) $(PYTEST_ARGS)
 
 lint: setup ## ruff, mypy, import-linter, shellcheck only
 	$(VENV)/bin/python -m pytest tests/test_style.py

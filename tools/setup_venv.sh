@@ -37,14 +37,8 @@ install=("$venv/bin/python" -m pip --disable-pip-version-check install --no-comp
 
 # 1. torch, which has an index of its own
 torch=$(grep '^torch==' $lock)
-if [[ -z ${TORCH_INDEX_URL-} ]] && ! nvidia-smi -L >/dev/null 2>&1; then
-    TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
-fi
-cpu_index=()
-if [[ -n ${TORCH_INDEX_URL-} ]]; then
-    cpu_index=(--extra-index-url "$TORCH_INDEX_URL")
-fi
-"${install[@]}" --no-deps --retries 1 "${cpu_index[@]}" "$torch"
+index=$(tools/torch_index.sh)
+"${install[@]}" --no-deps --retries 1 ${index:+--extra-index-url "$index"} "$torch"
 
 # 2. everything else, without dependency resolution: NeMo's own pins contradict each other. What
 # has to be built (pure Python, all of it) is built with the lock's setuptools.
