@@ -28,6 +28,7 @@ from nemo_warp.checkpoints.formats.safetensors import (
 )
 from nemo_warp.checkpoints.formats.torch_dist import TorchDistStore
 from nemo_warp.checkpoints.formats.zarr import DESCRIPTION, ZarrStore
+from nemo_warp.checkpoints.iterations import refuse_interrupted_save, tracked_iteration
 from nemo_warp.checkpoints.logical import LogicalTensor
 from nemo_warp.checkpoints.record import Record
 
@@ -37,9 +38,10 @@ CARDS = ("README.md", "card.md")
 """What a merge says about itself to people, in a folder and in a tar; of its output alone."""
 
 WEIGHTS = "model_weights"
+# Megatron-Bridge has modelopt describe every model in modelopt_run_config.yaml, quantised or not;
+# the state of one that is lies in modelopt_state (modelopt's mcore_dist_checkpointing.py).
+_QUANTISED_STATE = re.compile(r"modelopt_(?!run_config\.yaml$)")
 _QUANTISED = (torch.int8, torch.uint8)
-TRACKER = "latest_checkpointed_iteration.txt"
-_MAX_TRACKER_BYTES = 32
 _UNFINISHED, _LEVELS = "-unfinished", 3
 _MEGATRONS_RANK_FILE = re.compile(
     r"(^|/)mp_rank_\d+(_\d+)*/(model_optim_rng|model_rng|distrib_optim)\.pt$"
@@ -141,7 +143,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     names = {PurePosixPath(name).name for name in archive.members}
     if names & {"adapter_metadata.json", "adapter_config.json"}:
         raise CheckpointError(f"{path} holds an adapter, not a model; merge it into its base first")
-    if any(name.startswith("modelopt_") for name in names):
+    if any(_QUANTISED_STATE.match(part) for n in archive.members for part in n.split("/")):
         raise CheckpointError(f"{path} is quantised (modelopt); merge the policy before quantising")
     if is_safetensors(archive.members):
         config = read_hf_config(archive.members, str(path))
@@ -150,28 +152,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return Checkpoint(path, "safetensors", archive, "", hf_store, config)
     config = read_configuration(archive)
     kind, weights, store = _open_store(archive, config)
+    refuse_interrupted_save(path, archive.members)
     _refuse_unmergeable(path, store)
     return Checkpoint(path, kind, archive, weights, store, config)
-
-
-def tracked_iteration(path: Path) -> Path:
-    """The ``iter_…`` folder that a tracker in ``path`` names; ``path`` itself without one.
-
-    Raises:
-        CheckpointError: the tracker names no folder that is there.
-    """
-    tracker = path / TRACKER
-    if not tracker.is_file():
-        return path
-    found = tracker.read_bytes()[:_MAX_TRACKER_BYTES].decode(errors="replace").strip()
-    # Megatron-LM writes a number, or "release" for a converted model (training/checkpointing.py);
-    # Megatron-Bridge the folder's name.
-    number = f"iter_{int(found):07d}" if found.isascii() and found.isdigit() else found
-    if number != "release" and not number.startswith("iter_"):
-        raise CheckpointError(f"{tracker} names {found!r}, which is neither a number nor 'release'")
-    if not (path / number).is_dir():
-        raise CheckpointError(f"{tracker} names {number}, which is not in {path}")
-    return path / number
 
 
 def _open_store(archive: Archive, config: dict[str, Any]) -> tuple[str, str, Store]:

@@ -73,6 +73,7 @@ _MEGATRON = (
 _OF_MEGATRON = (("context/model.yaml", "config"), ("run_config.yaml", "model"))
 """Files of NeMo 2 and of Megatron-Bridge, and the table in each that is such a configuration."""
 
+_BRIDGES_TOKENIZER = "tokenizer/tokenizer.json"
 _TOKENIZER_FILES = ("model", "vocab_file", "merge_file")
 _MAX_TOKENIZER_BYTES = 1 << 27
 _MAX_JSON_BYTES = 1 << 20
@@ -100,8 +101,9 @@ def meaning_of(archive: Archive) -> Meaning:
     if "config.json" in archive.members:
         return _of_hugging_face(archive)
     for name, section in _OF_MEGATRON:
-        if isinstance(found := read_configuration(archive, name).get(section), dict):
-            return {key: _plain(found[key]) for key in _MEGATRON if key in found}
+        if isinstance(table := read_configuration(archive, name).get(section), dict):
+            found = {key: _plain(table[key]) for key in _MEGATRON if key in table}
+            return found | _vocabulary(archive, _BRIDGES_TOKENIZER)
     return {}
 
 
@@ -172,16 +174,21 @@ def _tokenizer(archive: Archive, tokenizer: dict[str, Any]) -> Meaning:
 def _of_hugging_face(archive: Archive) -> Meaning:
     config = _json(archive, "config.json", _MAX_JSON_BYTES)
     found = {key: _plain(config[key]) for key in _HUGGING_FACE if key in config}
-    if "tokenizer.json" in archive.members:
-        tokenizer = _json(archive, "tokenizer.json", _MAX_TOKENIZER_BYTES)
-        model = tokenizer.get("model")
-        vocabulary = [
-            model.get("vocab") if isinstance(model, dict) else None,
-            tokenizer.get("added_tokens"),
-        ]  # the rest is spelt differently by different versions of the library
-        text = json.dumps(vocabulary, sort_keys=True)
-        found["tokenizer.vocabulary"] = hashlib.sha256(text.encode()).hexdigest()
-    return found
+    return found | _vocabulary(archive, "tokenizer.json")
+
+
+def _vocabulary(archive: Archive, name: str) -> Meaning:
+    """Tokens and their numbers in a file of Hugging Face's tokenizers, if it is there."""
+    if name not in archive.members:
+        return {}
+    tokenizer = _json(archive, name, _MAX_TOKENIZER_BYTES)
+    model = tokenizer.get("model")
+    vocabulary = [
+        model.get("vocab") if isinstance(model, dict) else None,
+        tokenizer.get("added_tokens"),
+    ]  # the rest is spelt differently by different versions of the library
+    text = json.dumps(vocabulary, sort_keys=True)
+    return {"tokenizer.vocabulary": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def _json(archive: Archive, name: str, limit: int) -> dict[str, Any]:

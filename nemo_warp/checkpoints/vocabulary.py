@@ -12,6 +12,8 @@ from typing import Any
 
 from nemo_warp.checkpoints.checkpoint import Checkpoint
 from nemo_warp.checkpoints.containers.archive import Archive
+from nemo_warp.checkpoints.containers.configuration import read_configuration
+from nemo_warp.checkpoints.iterations import RUN_CONFIG
 from nemo_warp.checkpoints.logical import LogicalTensor
 
 VOCABULARY_TENSORS = ("embedding.word_embeddings.weight", "output_layer.weight")
@@ -25,7 +27,8 @@ _FIXED_BYTES = {1: 8, 5: 4}
 def true_vocab_size(checkpoint: Checkpoint) -> int | None:
     """Tokens in the vocabulary: ``override_vocab_size``, or counted in a tokenizer artifact.
 
-    Of a Hugging Face folder ``vocab_size``, which is what its embedding has.
+    Of a Hugging Face folder ``vocab_size``, which is what its embedding has; of Megatron-Bridge the
+    model's ``vocab_size``, which its provider pads (models/gpt_provider.py).
 
     None if neither says: Hugging Face tokenizers that are only named, or SentencePiece models in
     NeMo's legacy mode, to which special tokens are added when they are loaded.
@@ -34,6 +37,9 @@ def true_vocab_size(checkpoint: Checkpoint) -> int | None:
     override = checkpoint.config.get(key)
     if isinstance(override, int) and override > 0:
         return override
+    model = read_configuration(checkpoint.archive, RUN_CONFIG).get("model")
+    if isinstance(model, dict) and isinstance(size := model.get("vocab_size"), int) and size > 0:
+        return size
     tokenizer = checkpoint.config.get("tokenizer")
     if not isinstance(tokenizer, dict):
         return None

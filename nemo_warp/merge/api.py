@@ -87,7 +87,7 @@ def _log_result(result: MergeResult) -> None:
             logger.warning("%s", warning)
     logger.info("%s", summary(result.timing))
     for final in result.plan.options.outputs.values() if megatron_reads(result.plan) else ():
-        logger.info("Megatron-LM loads it with %s", how_to_load(final))
+        logger.info("%s", how_to_load(final))
 
 
 def _log_plan(plan: MergePlan) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from nemo_warp.checkpoints.iterations import RUN_CONFIG
 from nemo_warp.merge.publish.provenance import provenance
-from nemo_warp.merge.publish.tracker import FLAGS
+from nemo_warp.merge.publish.tracker import BRIDGE_OPTION, FLAGS
 from nemo_warp.merge.report.report import describe_merge, unit_table
 from nemo_warp.merge.report.statistics import merge_statistics
 from nemo_warp.merge.results import MergeResult
@@ -69,6 +70,11 @@ def _of_one_output(report: dict[str, Any], index: int) -> dict[str, Any]:
 def _loading(plan: Any) -> list[str]:
     if plan.image.files and any(file.name == "model_config.yaml" for file in plan.image.files):
         return ["NeMo's `restore_from` reads it."]
+    if RUN_CONFIG in plan.inputs[0].archive.members:
+        return [
+            f"Megatron-Bridge starts training from it with `{BRIDGE_OPTION}=PARENT`, the folder of "
+            "iterations that holds it."
+        ]
     known = _LOADING.get(plan.inputs[0].format)
     return [known] if known else []
 
