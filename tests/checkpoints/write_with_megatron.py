@@ -37,7 +37,7 @@ def main() -> int:
     import megatron.core.models.gpt
     import megatron.core.optimizer  # noqa: F401
 
-    _answer_cuda_calls_on_the_cpu()
+    answer_cuda_calls_on_the_cpu()
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1])}
@@ -50,7 +50,7 @@ def main() -> int:
     return max(abs(rank.exitcode or 0) for rank in ranks)
 
 
-def _answer_cuda_calls_on_the_cpu() -> None:
+def answer_cuda_calls_on_the_cpu() -> None:
     from nemo_warp.aligner.compat import cuda_on_cpu
     from nemo_warp.aligner.compat.replacements import Replacements
 
@@ -72,7 +72,7 @@ def _rank(rank: int, arguments: argparse.Namespace) -> None:
     model_parallel_cuda_manual_seed(1)
     model = _model(arguments, tensor, expert)
     if arguments.what == "write":
-        _fill(model, arguments.policy)
+        fill(model, arguments.policy)
         exact = {name: param.detach().clone() for name, param in model.named_parameters()}
         model.to(torch.bfloat16 if arguments.optimizer else torch.float32)
         _write(model, exact, arguments)
@@ -115,7 +115,7 @@ def _model(arguments: argparse.Namespace, tensor: int, expert: int) -> torch.nn.
     return model
 
 
-def _shards(state: dict[str, Any]):
+def shards(state: dict[str, Any]):
     """(canonical name, whole shape, where, data) of every tensor, in the usual spelling."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
@@ -146,8 +146,8 @@ def _place(shard: Any):
 
 
 @torch.no_grad()
-def _fill(model: torch.nn.Module, policy: str) -> None:
-    for name, shape, where, data in _shards(model.sharded_state_dict()):
+def fill(model: torch.nn.Module, policy: str) -> None:
+    for name, shape, where, data in shards(model.sharded_state_dict()):
         data.copy_(torch.from_numpy(known.weight(policy, name, shape))[where])
 
 
@@ -201,14 +201,14 @@ def _optimizer_state(model: Any, exact: dict[str, torch.Tensor], metadata: dict[
     optimizer = get_megatron_optimizer(config, [wrapped])
     names = {param: name for name, param in model.named_parameters()}
     for one in getattr(optimizer, "chained_optimizers", [optimizer]):
-        _set_masters(one, {param: exact[name] for param, name in names.items()})
+        set_masters(one, {param: exact[name] for param, name in names.items()})
     return optimizer.sharded_state_dict(
         model.sharded_state_dict(metadata=metadata), metadata=metadata
     )
 
 
 @torch.no_grad()
-def _set_masters(optimizer: Any, exact: dict[Any, torch.Tensor]) -> None:
+def set_masters(optimizer: Any, exact: dict[Any, torch.Tensor]) -> None:
     """Fill the optimizer's shards of the masters; a step of nothing makes its state."""
     groups = zip(
         optimizer.model_float16_groups, optimizer.shard_fp32_from_float16_groups, strict=True
@@ -237,9 +237,14 @@ def _read(model: torch.nn.Module, arguments: argparse.Namespace) -> None:
     assert not unexpected, f"not in the checkpoint: {unexpected}"
     assert missing <= {"rng_state"}, f"in the checkpoint and not in the model: {missing}"
     model.load_state_dict(loaded["model"], strict=True)
-    expected = torch.load(arguments.expected)
+    compare(model, arguments.expected)
+
+
+def compare(model: torch.nn.Module, file: Path) -> None:
+    """Raise unless every shard of the model's is what a file says."""
+    expected = torch.load(file)
     found = 0
-    for name, _, where, data in _shards(model.sharded_state_dict()):
+    for name, _, where, data in shards(model.sharded_state_dict()):
         torch.testing.assert_close(data, expected[name][where].to(data.dtype), rtol=0, atol=0)
         found += 1
     assert found >= len(expected), f"{found} shards of {len(expected)} tensors"

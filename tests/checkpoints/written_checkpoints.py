@@ -11,10 +11,11 @@ import written_weights as known
 
 WRITTEN = Path(__file__).with_name("written")
 ETA = 0.3
+VOCABULARY_TENSORS = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 def model_of(name: str) -> str:
-    """``dense`` or ``moe``."""
+    """``dense``, ``moe`` or ``bridge`` (dense as well)."""
     return name.partition("_")[0]
 
 
@@ -23,12 +24,24 @@ def policy_of(name: str) -> str:
     return name.split("_")[1]
 
 
+def is_bridges(name: str) -> bool:
+    """Whether Megatron-Bridge wrote it, and not Megatron-core alone."""
+    return model_of(name) == "bridge"
+
+
+def iteration_of(name: str) -> int:
+    """A converted model's is 0."""
+    return 0 if name == "bridge_init" else known.ITERATION
+
+
 def unpack(name: str, folder: Path) -> Path:
     """The checkpoint of a case, as an ``iter_...`` folder with a tracker beside it."""
-    place = folder / name / f"iter_{known.ITERATION:07d}"
+    place = folder / name / f"iter_{iteration_of(name):07d}"
     if not place.exists():
         with tarfile.open(WRITTEN / f"{name}.tar.xz") as tar:
-            tar.extractall(place, filter="data")
+            # Megatron-Bridge's have their own trackers.
+            tar.extractall(place.parent if is_bridges(name) else place, filter="data")
+    if not is_bridges(name):
         (place.parent / "latest_checkpointed_iteration.txt").write_text(f"{known.ITERATION}\n")
     return place
 
@@ -44,7 +57,9 @@ def merge_written(name: str, folder: Path, output: Path) -> None:
     from nemo_warp.merge import merge
 
     init, *policies = (unpack(case, folder).parent for case in (name, *others_of(name)))
-    options = {"eta": ETA, "dtype": "float32", "vocab_size": known.VOCABULARY, "workers": 1}
+    options = {"eta": ETA, "dtype": "float32", "workers": 1}
+    if not is_bridges(name):  # whose configuration tells it
+        options["vocab_size"] = known.VOCABULARY
     merge(init, policies, str(output), **options)
 
 
@@ -53,6 +68,10 @@ def expected_merge(name: str) -> dict[str, torch.Tensor]:
     names = [name, *others_of(name)]
     shapes = known.shapes(model_of(name) == "moe")
     weights = [{n: _stored(case, n, s) for n, s in shapes.items()} for case in names]
+    padding = {n: weights[0][n][known.TOKENS :].copy() for n in VOCABULARY_TENSORS}
+    if is_bridges(name):
+        for one in weights:  # in no angle
+            one |= {n: one[n][: known.TOKENS] for n in VOCABULARY_TENSORS}
     groups: dict[str, list[str]] = {}
     for tensor in shapes:
         groups.setdefault(_group(tensor), []).append(tensor)
@@ -63,15 +82,20 @@ def expected_merge(name: str) -> dict[str, torch.Tensor]:
         start = 0
         for n in tensors:
             size = weights[0][n].size
-            value = (init + ETA * step)[start : start + size].reshape(shapes[n])
+            value = (init + ETA * step)[start : start + size].reshape(weights[0][n].shape)
+            if is_bridges(name) and n in VOCABULARY_TENSORS:
+                value = np.concatenate([value, padding[n]])
             merged[n] = torch.from_numpy(value.astype(np.float32))
             start += size
     return merged
 
 
+_WITH_OPTIMIZER = ("moe_a", "moe_b", "bridge_a", "bridge_b")
+
+
 def stored_dtype(name: str) -> torch.dtype:
     """Checkpoints with an optimizer are of bfloat16, the others of float32."""
-    return torch.bfloat16 if name in ("moe_a", "moe_b") else torch.float32
+    return torch.bfloat16 if name in _WITH_OPTIMIZER else torch.float32
 
 
 def _stored(case: str, name: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -11,6 +11,7 @@ import zlib
 import numpy as np
 
 LAYERS, HIDDEN, FFN, HEADS, VOCABULARY, EXPERTS = 2, 8, 12, 2, 24, 4
+TOKENS = 22  # of Megatron-Bridge: the other rows are padding
 ITERATION = 20
 POLICIES = ("init", "a", "b")
 

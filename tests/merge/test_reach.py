@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -218,24 +217,3 @@ def test_a_card_says_what_was_merged(models, tmp_path):
     merge(tmp_path / "one", [models / n for n in "bc"], str(tmp_path / "next"), vocab_size=64)
     assert "policy_2" in (tmp_path / "next" / "README.md").read_text()
     assert (tmp_path / "next" / "README.md").read_text() != text
-
-
-def test_what_megatron_bridge_puts_beside_weights_goes_along(models, tmp_path):
-    """Its run configuration, state and tokenizer; another rotary base is refused."""
-    places = {}
-    for name in ("init", "a", "b"):
-        places[name] = tmp_path / name / "iter_0000020"
-        shutil.copytree(models / name / "iter_0000020", places[name])
-        (places[name] / "tokenizer").mkdir()
-        for file in ("train_state.pt", "tokenizer/tokenizer.json"):
-            (places[name] / file).write_bytes(f"{file} of {name}".encode())
-        config = {"model": {"rotary_base": 10000, "num_layers": 3}, "train": {"seed": name}}
-        (places[name] / "run_config.yaml").write_text(json.dumps(config))  # JSON is YAML
-    output = tmp_path / "out" / "iter_0000001"
-    merge(places["init"], [places["a"], places["b"]], str(output), vocab_size=64)
-    for file in ("train_state.pt", "tokenizer/tokenizer.json", "run_config.yaml"):
-        assert (output / file).read_bytes() == (places["init"] / file).read_bytes()
-    config["model"]["rotary_base"] = 500000
-    (places["b"] / "run_config.yaml").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"rotary_base is 10000 in .* and 500000 in"):
-        merge(places["init"], [places["a"], places["b"]], str(tmp_path / "no"), vocab_size=64)
