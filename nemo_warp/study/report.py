@@ -146,16 +146,16 @@ def draw(picture: Picture, lines: Sequence[Line], path: Path) -> None:
 def table(picture: Picture, lines: Sequence[Line]) -> list[str]:
     """The picture's numbers: each line's mean over seeds, and its difference to the first one's.
 
-    Differences are paired: only seeds that both lines have, seed by seed. Places are round numbers
-    that the longest curve reaches; where a curve was not measured, the cell is empty.
+    Differences are paired: only seeds that both lines have, seed by seed. Places are those of the
+    measurements where these are few, else round numbers that the longest curve reaches; where a
+    curve was not measured, the cell is empty.
     """
     if not lines:
         return ["Nothing has been measured yet."]
     metrics = picture.x, picture.y
     curves = [curve for _, seeds in lines for of_seed in seeds.values() for curve in of_seed]
     measured = np.concatenate([curve.column(picture.x) for curve in curves])
-    low, high = measured.min(), measured.max() if picture.x_max is None else picture.x_max
-    places = [p for p in MaxNLocator(_PLACES).tick_values(low, high) if low <= p <= high]
+    places = _places(measured, picture.x_max)
     at = [
         {seed: np.array([mean_at(found, metrics, p) for p in places]) for seed, found in of.items()}
         for _, of in lines
@@ -168,6 +168,15 @@ def table(picture: Picture, lines: Sequence[Line]) -> list[str]:
             rows.append([f"- {lines[0][0]}", *(cell(i, mark=True) for i in _over(apart))])
     header = [_UNITS.get(picture.x, picture.x), *(f"{place:g}" for place in places)]
     return markdown_rows(header, rows)
+
+
+def _places(measured: np.ndarray, end: float | None) -> list[float]:
+    """Where a table says what the curves have, from the places where they were measured."""
+    few = np.unique(measured)
+    if len(few) <= _PLACES:
+        return few.tolist()
+    low, high = measured.min(), measured.max() if end is None else end
+    return [p for p in MaxNLocator(_PLACES).tick_values(low, high) if low <= p <= high]
 
 
 def _over(seeds: Sequence[np.ndarray]) -> list[Interval]:
