@@ -13,11 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-import torch
-
 from nemo_warp.checkpoints.containers.archive import Archive, open_archive
 from nemo_warp.checkpoints.containers.configuration import read_configuration
 from nemo_warp.checkpoints.containers.image import CheckpointImage, DtypeRule, FileImage
+from nemo_warp.checkpoints.dtypes import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    FLOAT64,
+    INT8,
+    UINT8,
+    Dtype,
+)
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.formats.rank_files import FILE, RankFileStore, rank_files
 from nemo_warp.checkpoints.formats.safetensors import (
@@ -32,7 +39,7 @@ from nemo_warp.checkpoints.iterations import refuse_interrupted_save, tracked_it
 from nemo_warp.checkpoints.logical import LogicalTensor
 from nemo_warp.checkpoints.record import Record
 
-MERGEABLE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+MERGEABLE = (BFLOAT16, FLOAT16, FLOAT32, FLOAT64)
 PROVENANCE = "warp_merge.json"
 CARDS = ("README.md", "card.md")
 """What a merge says about itself to people, in a folder and in a tar; of its output alone."""
@@ -41,7 +48,7 @@ WEIGHTS = "model_weights"
 # Megatron-Bridge has modelopt describe every model in modelopt_run_config.yaml, quantised or not;
 # the state of one that is lies in modelopt_state (modelopt's mcore_dist_checkpointing.py).
 _QUANTISED_STATE = re.compile(r"modelopt_(?!run_config\.yaml$)")
-_QUANTISED = (torch.int8, torch.uint8)
+_QUANTISED = (INT8, UINT8)
 _UNFINISHED, _LEVELS = "-unfinished", 3
 _MEGATRONS_RANK_FILE = re.compile(
     r"(^|/)mp_rank_\d+(_\d+)*/(model_optim_rng|model_rng|distrib_optim)\.pt$"
@@ -62,7 +69,7 @@ class Store(Protocol):
         ...
 
     @property
-    def others(self) -> dict[str, torch.dtype]:
+    def others(self) -> dict[str, Dtype]:
         """Canonical name -> dtype of the model's tensors that are not floating."""
         ...
 

@@ -9,17 +9,16 @@ merge.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 
 from nemo_warp.checkpoints.checkpoint import PROVENANCE, Checkpoint
+from nemo_warp.checkpoints.digest import weights_digest
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.io.crc import crc32
 from nemo_warp.checkpoints.io.direct import pages
@@ -35,17 +34,6 @@ from nemo_warp.checkpoints.io.slabs import slabs_of
 from nemo_warp.checkpoints.logical import LogicalTensor
 from nemo_warp.checkpoints.names import depth_of, group_of, group_order
 from nemo_warp.checkpoints.vocabulary import true_rows, true_vocab_size
-
-
-def weights_digest(tensors: Iterable[dict[str, int]]) -> str:
-    """SHA-256 of a model's weights from its tensors' CRC-32s: the same in every layout.
-
-    Args:
-        tensors: dictionaries of canonical name -> CRC-32 of the tensor's true rows.
-    """
-    # Sorted by name: files and layouts give tensors in any order.
-    lines = sorted(f"{name} {crc:08x}\n" for found in tensors for name, crc in found.items())
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def read_tensor(files: FileCache, tensor: LogicalTensor) -> torch.Tensor:
@@ -65,7 +53,7 @@ def read_tensor(files: FileCache, tensor: LogicalTensor) -> torch.Tensor:
         data[slab.first : slab.last] = rows
         parts += read
     check_records(files, [tensor], parts)
-    return torch.from_numpy(data).view(tensor.dtype)
+    return torch.from_numpy(data).view(tensor.dtype.of_torch())
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -75,11 +63,11 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         tensor = checkpoint.tensors[name]
         group = groups.setdefault(group_of(name), {"parameters": 0, "tensors": {}})
         group["parameters"] += tensor.numel
-        dtype = str(tensor.dtype).removeprefix("torch.")
+        dtype = tensor.dtype.name
         group["tensors"][name] = [list(tensor.shape), dtype, len(tensor.patches)]
     dtypes: dict[str, int] = defaultdict(int)
     for tensor in checkpoint.tensors.values():
-        dtypes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel
+        dtypes[tensor.dtype.name] += tensor.numel
     return {
         "path": str(checkpoint.path),
         "container": "tar" if checkpoint.archive.is_tar else "folder",

@@ -13,7 +13,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from nemo_warp.checkpoints.containers.torch_zip import read_torch_zip
 from nemo_warp.checkpoints.containers.unpickling import StoredTensor
@@ -27,7 +27,7 @@ RUN_CONFIG = "run_config.yaml"
 
 _MAX_TRACKER_BYTES = 32
 _MAX_STATE_BYTES = 1 << 20  # Megatron-Bridge writes 3.5 kB
-_MAX_COUNTER_BYTES = 8
+_COUNTERS = ("int32", "int64", "float32", "float64", "bool")
 
 
 def tracked_iteration(path: Path) -> Path:
@@ -79,8 +79,8 @@ def refuse_interrupted_save(path: Path, names: Collection[str]) -> None:
         )
 
 
-def read_train_state(path: Path) -> dict[str, torch.Tensor]:
-    """The counters of Megatron-Bridge's training, scalars by name; nothing in the file is run.
+def read_train_state(path: Path) -> dict[str, np.ndarray]:
+    """The counters of Megatron-Bridge's training by name, []; nothing in the file is run.
 
     Raises:
         CheckpointError: it is damaged or hostile, or no table of scalars with a ``step``.
@@ -97,19 +97,22 @@ def read_train_state(path: Path) -> dict[str, torch.Tensor]:
         if not _is_counter(name, value):
             raise CheckpointError(f"{path} holds {name!r}, which is no counter of a training state")
         place = stored.storage(value.storage.key)
-        bytes_ = bytearray(data[place.offset : place.offset + place.size])
-        if len(bytes_) != value.storage.dtype.itemsize:
+        stored_bytes = data[place.offset : place.offset + place.size]
+        if len(stored_bytes) != value.storage.dtype.itemsize:
             raise CheckpointError(f"{path}: {name} is cut short")
-        found[name] = torch.frombuffer(bytes_, dtype=value.storage.dtype).reshape(())
-    if "step" not in found or found["step"].is_floating_point() or int(found["step"]) < 0:
+        found[name] = np.frombuffer(stored_bytes, value.storage.dtype.name).reshape(())
+    if "step" not in found or found["step"].dtype.kind != "i" or found["step"] < 0:
         raise CheckpointError(f"{path} does not say at which step it was written")
     return found
 
 
-def train_state_at(state: dict[str, torch.Tensor], step: int) -> bytes:
+def train_state_at(state: dict[str, np.ndarray], step: int) -> bytes:
     """The same training state at another step, as Megatron-Bridge's tracker has it."""
+    import torch  # only here: a merge of other checkpoints does without it
+
+    moved = {**state, "step": np.array(step, state["step"].dtype)}
     buffer = io.BytesIO()
-    torch.save({**state, "step": torch.tensor(step, dtype=state["step"].dtype)}, buffer)
+    torch.save({name: torch.from_numpy(value.copy()) for name, value in moved.items()}, buffer)
     return buffer.getvalue()
 
 
@@ -120,7 +123,7 @@ def _is_counter(name: Any, value: Any) -> bool:
         and value.shape == ()
         and value.offset == 0
         and value.storage.numel == 1
-        and value.storage.dtype.itemsize <= _MAX_COUNTER_BYTES
+        and value.storage.dtype.name in _COUNTERS
     )
 
 

@@ -13,8 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import product
 
-import torch
-
+from nemo_warp.checkpoints.dtypes import Dtype
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.record import Record
 
@@ -48,7 +47,7 @@ class LogicalTensor:
 
     name: str
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: Dtype
     patches: tuple[Patch, ...]
     replicas: tuple[tuple[Patch, ...], ...] = field(default=(), compare=False)
 

@@ -12,8 +12,7 @@ import re
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 
-import torch
-
+from nemo_warp.checkpoints.dtypes import Dtype
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.logical import LogicalTensor, check_tiling, patches_of_block
 from nemo_warp.checkpoints.stored import Block, StackedTensor, joined
@@ -167,7 +166,7 @@ def _slices(block: Block, itemsize: int) -> Iterator[tuple[int, Block]]:
 
 
 def _tensor(
-    name: str, shape: tuple[int, ...], dtype: torch.dtype, blocks: Iterable[Block], where: str
+    name: str, shape: tuple[int, ...], dtype: Dtype, blocks: Iterable[Block], where: str
 ) -> LogicalTensor:
     found = chain.from_iterable(
         patches_of_block(

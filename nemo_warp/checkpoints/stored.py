@@ -12,8 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import torch
-
+from nemo_warp.checkpoints.dtypes import Dtype
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.record import Record
 
@@ -50,7 +49,7 @@ class StackedTensor:
 
     key: str
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: Dtype
     blocks: tuple[Block, ...]
 
 

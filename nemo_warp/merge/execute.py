@@ -15,7 +15,6 @@ from nemo_warp.merge.publish.provenance import provenance_bytes
 from nemo_warp.merge.publish.targets import check_space, check_target
 from nemo_warp.merge.publish.tracker import megatron_reads, track
 from nemo_warp.merge.publish.transaction import Transaction, contents_of, hidden_folder
-from nemo_warp.merge.publish.verify import verify_outputs
 from nemo_warp.merge.ranks import Meeting, World
 from nemo_warp.merge.report.card import card
 from nemo_warp.merge.report.meter import Meter
@@ -109,6 +108,9 @@ def _build(plan: MergePlan, transaction: Transaction, meeting: Meeting) -> list[
             parts = [part for group in result.groups for part in group.parts[index]]
             output.complete(parts, _notes(result, index, output.is_tar))
     if plan.options.verify is not None:
+        # Only now: it computes with torch, which takes more memory than all else that is imported.
+        from nemo_warp.merge.publish.verify import verify_outputs
+
         written = dict(zip(plan.options.etas, transaction.contents, strict=True))
         count = verify_outputs(plan, result.units, written, plan.options.verify)
         logger.info("verified %d tensors per output against a recomputation", count)

@@ -11,10 +11,10 @@ from typing import Any
 
 import numba
 import numpy
-import torch
 
 from nemo_warp.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from nemo_warp.checkpoints.containers.image import CheckpointImage, DtypeRule
+from nemo_warp.checkpoints.dtypes import BFLOAT16, DTYPES
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.logical import LogicalTensor
 from nemo_warp.checkpoints.meaning import check_same_meaning, meaning_of
@@ -202,7 +202,7 @@ def dtype_rule(options: MergeOptions) -> DtypeRule:
     """Output dtype as a function of the init's."""
     if options.dtype == "same":
         return lambda dtype: dtype
-    wanted = {"float32": torch.float32, "bfloat16": torch.bfloat16}[options.dtype]
+    wanted = DTYPES[options.dtype]
     return lambda dtype: wanted
 
 
@@ -268,7 +268,7 @@ def _true_rows(
 def _check_rounding(options: MergeOptions, tensors: list[TensorPlan]) -> None:
     if options.rounding == "nearest":
         return
-    other = next((t for t in tensors if t.target.dtype != torch.bfloat16), None)
+    other = next((t for t in tensors if t.target.dtype != BFLOAT16), None)
     if other is not None:
         raise ValueError(
             f"--rounding stochastic is for bfloat16, but {other.name} is written as "
@@ -285,7 +285,7 @@ def _file_states(inputs: tuple[Checkpoint, ...]) -> dict[str, list[int]]:
 
 
 def _versions() -> dict[str, str]:
-    libraries = {library.__name__: library.__version__ for library in (numba, numpy, torch)}
+    libraries = {library.__name__: library.__version__ for library in (numba, numpy)}
     return {"nemo_warp": code_version(), **libraries}
 
 

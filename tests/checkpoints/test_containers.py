@@ -14,6 +14,7 @@ import torch
 
 from nemo_warp.checkpoints.containers.image import retype_pickle
 from nemo_warp.checkpoints.containers.torch_zip import ZipEntry, ZipImage, read_torch_zip
+from nemo_warp.checkpoints.dtypes import FLOAT32, INT64
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.io import crc
 from nemo_warp.checkpoints.io.parts import joined_crc32
@@ -95,7 +96,7 @@ def test_files_without_checksums_are_read(tmp_path):
 def test_retyped_pickles_load_as_the_new_dtype(tmp_path):
     state = {"a": torch.ones(4).bfloat16(), "b": torch.arange(3), "c": torch.ones(2)}
     source = read_torch_zip(saved(tmp_path / "x.ckpt", state), "test")
-    changed = retype_pickle(source.pickle, lambda dtype: torch.float32)
+    changed = retype_pickle(source.pickle, lambda dtype: FLOAT32)
     entries, contents = [], []
     for name, record in source.entries.items():
         content = record.path.read_bytes()[record.offset :][: record.size]
@@ -148,7 +149,7 @@ def test_blocks_become_rectangles_of_the_flattened_tensor(shape, parts):
         record = Record(Path("x"), 0, 8 * whole.numel())
         patches += patches_of_block(shape, offsets, sizes, record, len(data), 8)
         data += block
-    tensor = LogicalTensor("t", shape, torch.int64, tuple(patches))
+    tensor = LogicalTensor("t", shape, INT64, tuple(patches))
     check_tiling(tensor, tensor.patches, "test")
     found = torch.full((tensor.rows, tensor.cols), -1)
     for patch in patches:
@@ -176,6 +177,6 @@ def test_blocks_become_rectangles_of_the_flattened_tensor(shape, parts):
 def test_gaps_and_overlaps_are_refused(places):
     record = Record(Path("x"), 0, 1000)
     patches = tuple(Patch(*place, record, 0) for place in places)
-    tensor = LogicalTensor("weight", (4, 4), torch.float32, patches)
+    tensor = LogicalTensor("weight", (4, 4), FLOAT32, patches)
     with pytest.raises(CheckpointError, match="weight"):
         check_tiling(tensor, patches, "model.nemo")

@@ -254,6 +254,7 @@ def test_conversion_needs_neither_nemo_nor_transformers_and_little_memory(tmp_pa
 
 def _write_large(folder: Path, layers: int) -> None:
     """A sparse file of zeros: 50 MB a layer and nothing on the disk."""
+    from nemo_warp.checkpoints.dtypes import FLOAT32
     from nemo_warp.checkpoints.families.configuration import nemo_keys
     from nemo_warp.checkpoints.families.tensors import megatron_tensors, taken_apart
     from nemo_warp.checkpoints.formats.safetensors import make_header
@@ -266,7 +267,7 @@ def _write_large(folder: Path, layers: int) -> None:
     )
     config = json.loads((folder / "config.json").read_text())
     tensors = taken_apart(megatron_tensors(nemo_keys(config, "config.json")))
-    header = make_header([(t.name, torch.float32, t.shape) for t in tensors], None)
+    header = make_header([(t.name, FLOAT32, t.shape) for t in tensors], None)
     size = sum(4 * torch.Size(t.shape).numel() for t in tensors)
     with (folder / "model.safetensors").open("wb") as stream:
         stream.write(header)

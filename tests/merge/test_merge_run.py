@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tarfile
 from itertools import pairwise
 from pathlib import Path
@@ -47,6 +49,20 @@ def models(tmp_path_factory) -> dict[str, Path]:
 def run(models, output, **options):
     policies = [models["a"], models["b"]]
     return merge(models["init"], policies, output, **{"eta": [0.3, 1.0], **options})
+
+
+def test_a_merge_imports_no_torch(tmp_path, models):
+    """It would be most of the memory of a small merge, and most of its start."""
+    script = (
+        "import sys; from nemo_warp.merge.cli import main\n"
+        "code = main(sys.argv[1:]); print('torch' in sys.modules); sys.exit(code)"
+    )
+    words = ["--init", models["init"], "--policies", models["a"], models["b"]]
+    words += ["--eta", "0.3", "--dtype", "float32", "--output", tmp_path / "out.nemo"]
+    words += ["--report", tmp_path / "report"]
+    command = [sys.executable, "-c", script, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def read(path: Path) -> dict[str, torch.Tensor]:

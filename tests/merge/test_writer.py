@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
+from nemo_warp.checkpoints.dtypes import BFLOAT16
 from nemo_warp.checkpoints.io.direct import ALIGNMENT
 from nemo_warp.checkpoints.io.slabs import Slab
 from nemo_warp.checkpoints.logical import LogicalTensor, Patch, Record
@@ -49,7 +49,7 @@ def tensor(*columns: int) -> LogicalTensor:
         record = Record(Path("w"), 0, ROWS * COLS * WIDTH)
         patches.append(Patch(0, left, ROWS, right - left, record, start))
         start += ROWS * (right - left) * WIDTH
-    return LogicalTensor("w", (ROWS, COLS), torch.bfloat16, tuple(patches))
+    return LogicalTensor("w", (ROWS, COLS), BFLOAT16, tuple(patches))
 
 
 @pytest.fixture

@@ -11,8 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from nemo_warp.checkpoints.containers.archive import read_record
 from nemo_warp.checkpoints.containers.torch_zip import (
     MAX_PICKLE_BYTES,
@@ -20,18 +18,19 @@ from nemo_warp.checkpoints.containers.torch_zip import (
     ZipEntry,
     ZipImage,
 )
+from nemo_warp.checkpoints.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, Dtype
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.logical import LogicalTensor
 from nemo_warp.checkpoints.record import Record
 
-DtypeRule = Callable[[torch.dtype], torch.dtype]
+DtypeRule = Callable[[Dtype], Dtype]
 """Output dtype of a floating tensor, given its dtype in the init."""
 
 _STORAGE_NAMES = {
-    torch.float64: "DoubleStorage",
-    torch.float32: "FloatStorage",
-    torch.float16: "HalfStorage",
-    torch.bfloat16: "BFloat16Storage",
+    FLOAT64: "DoubleStorage",
+    FLOAT32: "FloatStorage",
+    FLOAT16: "HalfStorage",
+    BFLOAT16: "BFloat16Storage",
 }
 
 

@@ -17,9 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-from torch.distributed.checkpoint import filesystem, metadata
-
+from nemo_warp.checkpoints.containers import dcp_metadata as dcp
+from nemo_warp.checkpoints.dtypes import DTYPES, Dtype
 from nemo_warp.checkpoints.errors import CheckpointError
 
 _MAX_AXES = 16
@@ -31,7 +30,7 @@ class StoredStorage:
     """A storage of a torch.save file: its record name, element type and length."""
 
     key: str
-    dtype: torch.dtype
+    dtype: Dtype
     numel: int
 
 
@@ -115,10 +114,10 @@ class _Place(Inert):
 class _Index(Inert):
     """A key of ``storage_data``: equal if name and offset are."""
 
-    def place(self) -> tuple[str, torch.Size | None]:
+    def place(self) -> tuple[str, dcp.Size | None]:
         fields = self.fields()
         name, offset = fields.get("fqn"), fields.get("offset")
-        if isinstance(name, str) and isinstance(offset, torch.Size | None):
+        if isinstance(name, str) and isinstance(offset, dcp.Size | None):
             return name, offset
         raise CheckpointError("a tensor index is malformed")
 
@@ -129,25 +128,18 @@ class _Index(Inert):
         return isinstance(other, _Index) and self.place() == other.place()
 
 
-_DTYPE_NAMES = (
-    *("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"),
-    *("float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu", "float4_e2m1fn_x2"),
-    *("int64", "int32", "int16", "int8", "uint8", "bool", "complex64", "complex128"),
-    *("uint64", "uint32", "uint16"),
-)
-_DTYPES = {name: getattr(torch, name) for name in _DTYPE_NAMES if hasattr(torch, name)}
 _STORAGE_DTYPES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-    "UntypedStorage": torch.uint8,
+    "DoubleStorage": DTYPES["float64"],
+    "FloatStorage": DTYPES["float32"],
+    "HalfStorage": DTYPES["float16"],
+    "BFloat16Storage": DTYPES["bfloat16"],
+    "LongStorage": DTYPES["int64"],
+    "IntStorage": DTYPES["int32"],
+    "ShortStorage": DTYPES["int16"],
+    "CharStorage": DTYPES["int8"],
+    "ByteStorage": DTYPES["uint8"],
+    "BoolStorage": DTYPES["bool"],
+    "UntypedStorage": DTYPES["uint8"],
 }
 
 
@@ -180,19 +172,19 @@ def _rebuild_untyped(
     *_ignored: Any,
 ) -> StoredTensor:
     """A dtype that has no storage class of its own, such as float8: the storage counts bytes."""
-    if not isinstance(storage, StoredStorage) or not isinstance(dtype, torch.dtype):
+    if not isinstance(storage, StoredStorage) or not isinstance(dtype, Dtype):
         raise CheckpointError("a tensor description is malformed")
     # Offsets of _rebuild_tensor_v3 count elements of the tensor's dtype, its storage bytes.
     typed = StoredStorage(storage.key, dtype, storage.numel // dtype.itemsize)
     return _rebuild_tensor(typed, offset, size, stride)
 
 
-def _size(dimensions: Any = ()) -> torch.Size:
+def _size(dimensions: Any = ()) -> dcp.Size:
     """A shape; anything else, such as bytes, would grow eight times."""
     plain = isinstance(dimensions, tuple | list) and len(dimensions) <= _MAX_AXES
     if not plain or not all(type(n) is int and abs(n) < _MAX_NUMBER for n in dimensions):
         raise CheckpointError("a shape is malformed")
-    return torch.Size(dimensions)
+    return dcp.Size(dimensions)
 
 
 def _rebuild_parameter(data: Any, *_ignored: Any) -> Any:
@@ -218,8 +210,8 @@ _TENSOR_GLOBALS: dict[tuple[str, str], Any] = {
     ("torch.serialization", "_get_layout"): _opaque,
     ("_io", "BytesIO"): _opaque,
     **{("torch", name): dtype for name, dtype in _STORAGE_DTYPES.items()},
-    ("torch.storage", "UntypedStorage"): torch.uint8,
-    **{("torch", name): dtype for name, dtype in _DTYPES.items()},
+    ("torch.storage", "UntypedStorage"): DTYPES["uint8"],
+    **{("torch", name): dtype for name, dtype in DTYPES.items()},
 }
 
 _PLANS = "torch.distributed.checkpoint.planner"
@@ -236,7 +228,7 @@ _METADATA_GLOBALS: dict[tuple[str, str], Any] = {
         (_PLANS, name): Discarded
         for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")
     },
-    **{("torch", name): dtype for name, dtype in _DTYPES.items()},
+    **{("torch", name): dtype for name, dtype in DTYPES.items()},
     (_METADATA, "Metadata"): _Metadata,
     # Megatron-core 0.15 only
     ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): _Metadata,
@@ -334,7 +326,7 @@ class _RestrictedUnpickler(_PythonUnpickler):
         if self._allowed is not _TENSOR_GLOBALS:
             raise CheckpointError("refers to outside data; refused")
         match pid:
-            case ("storage", torch.dtype() as dtype, str() as key, str(), int() as numel):
+            case ("storage", Dtype() as dtype, str() as key, str(), int() as numel):
                 # torch numbers storages: a key with a slash would name another record of the zip.
                 if 0 <= numel < 1 << 62 and key.isalnum():
                     return StoredStorage(key, dtype, numel)
@@ -350,7 +342,7 @@ def load_tensor_pickle(data: bytes, what: str) -> Any:
     return _load(data, _TENSOR_GLOBALS, what)
 
 
-def load_metadata_pickle(data: bytes, what: str) -> metadata.Metadata:
+def load_metadata_pickle(data: bytes, what: str) -> dcp.Metadata:
     """A torch distributed checkpoint's ``.metadata``.
 
     Entries may hold anything that is harmless; who uses one checks that it makes sense.
@@ -372,17 +364,17 @@ def load_metadata_pickle(data: bytes, what: str) -> metadata.Metadata:
     return made
 
 
-# torch's own classes, filled with whatever the pickle holds: who reads a field checks it.
-_METADATA_CLASS: Any = metadata.Metadata
-_TENSOR_CLASS: Any = metadata.TensorStorageMetadata
-_PROPERTIES_CLASS: Any = metadata.TensorProperties
-_CHUNK_CLASS: Any = metadata.ChunkStorageMetadata
-_PLACE_CLASS: Any = filesystem._StorageInfo
+# Stand for torch's classes, filled with whatever the pickle holds: who reads a field checks it.
+_METADATA_CLASS: Any = dcp.Metadata
+_TENSOR_CLASS: Any = dcp.TensorStorageMetadata
+_PROPERTIES_CLASS: Any = dcp.TensorProperties
+_CHUNK_CLASS: Any = dcp.ChunkStorageMetadata
+_PLACE_CLASS: Any = dcp.StorageInfo
 
 
 def _described(entry: Any) -> Any:
     if isinstance(entry, _BytesStorage):
-        return metadata.BytesStorageMetadata()
+        return dcp.BytesStorageMetadata()
     if not isinstance(entry, _TensorStorage):
         return entry
     fields = entry.fields()
@@ -408,7 +400,7 @@ def _key(key: Any, what: str) -> Any:
     if not isinstance(key, _Index):
         return key
     try:
-        return metadata.MetadataIndex(*key.place())
+        return dcp.MetadataIndex(*key.place())
     except CheckpointError as error:  # its state was set again after it became a key
         raise CheckpointError(f"{what}: {error}") from error
 

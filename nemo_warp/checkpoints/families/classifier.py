@@ -88,6 +88,8 @@ def _bias(checkpoint: Checkpoint) -> list[float]:
     with FileCache() as files:
         rows = Rows({BIAS: tensor}, files)
         parts = rows.portions(Joined(BIAS, tensor.shape, (Run(BIAS, 0, tensor.shape[0]),)))
-        found = [torch.from_numpy(data.reshape(-1)).view(tensor.dtype) for _, data in parts]
+        found = [
+            torch.from_numpy(data.reshape(-1)).view(tensor.dtype.of_torch()) for _, data in parts
+        ]
         rows.check()
     return torch.cat(found).float().tolist()

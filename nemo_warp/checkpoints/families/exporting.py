@@ -73,7 +73,7 @@ def export_hf(
     dtypes = {tensors[one.runs[0].name].dtype for one in joined}
     if len(dtypes) == 1:
         name = "dtype" if "dtype" in hf else "torch_dtype"  # transformers renamed it in 4.56
-        hf = {**hf, name: str(next(iter(dtypes))).removeprefix("torch.")}
+        hf = {**hf, name: next(iter(dtypes)).name}
     with new_folder(output) as folder:
         _write_weights(checkpoint, joined, folder, shard_bytes, progress)
         write_files(folder, {**files, "config.json": hf})

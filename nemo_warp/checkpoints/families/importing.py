@@ -83,7 +83,7 @@ def import_hf(
         rows = Rows(tensors, files)
         with distributed_checkpoint(tar, keys["num_layers"]) as writer:
             for one in joined:
-                dtype = tensors[one.runs[0].name].dtype
+                dtype = tensors[one.runs[0].name].dtype.of_torch()
                 for first, data in rows.portions(one):
                     portion = torch.from_numpy(data.reshape(-1)).view(dtype)
                     writer.add(one.name, one.shape, first, portion.view(-1, *one.shape[1:]))

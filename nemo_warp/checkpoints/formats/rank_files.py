@@ -9,17 +9,17 @@ output layer is a second copy of the embedding on the last stage.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from nemo_warp.checkpoints.containers.image import CheckpointImage, DtypeRule, FileImage, zip_image
 from nemo_warp.checkpoints.containers.torch_zip import read_torch_zip
 from nemo_warp.checkpoints.containers.unpickling import StoredTensor
+from nemo_warp.checkpoints.dtypes import Dtype
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.logical import LogicalTensor, check_tiling
 from nemo_warp.checkpoints.names import canonical_name, logical_tensors
@@ -46,7 +46,7 @@ _GATED_ACTIVATIONS = ("swiglu", "geglu", "reglu")
 _LAYER = re.compile(r"^(?P<stack>.*layers)\.(?P<index>\d+)\.(?P<rest>.*)$")
 _EXPERT = re.compile(r"^(?P<head>.*experts)\.local_experts\.(?P<index>\d+)\.(?P<rest>.*)$")
 
-Locate = Callable[["Shard"], tuple[Record, torch.dtype]]
+Locate = Callable[["Shard"], tuple[Record, Dtype]]
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class RankFileStore:
         self._zips = {
             name: read_torch_zip(members[name], f"{where}: {name}") for name in files.values()
         }
-        self.others: dict[str, torch.dtype] = {}
+        self.others: dict[str, Dtype] = {}
         self._shards = self._list_shards(files)
         self._check_storages()
         self.foreign: list[str] = []
@@ -182,7 +182,7 @@ class RankFileStore:
         """Two tensors of one file must not share bytes, or a merge would write them twice."""
         places = defaultdict(list)
         for shard in self._shards:
-            size = torch.Size(shard.tensor.shape).numel()
+            size = math.prod(shard.tensor.shape)
             start = shard.tensor.offset
             places[shard.file, shard.tensor.storage.key].append((start, start + size, shard.name))
         for (file, _), ranges in places.items():
@@ -258,7 +258,7 @@ def _blocks(
     axis: int,
     halves: int,
     record: Record,
-    dtype: torch.dtype,
+    dtype: Dtype,
 ) -> Iterator[Block]:
     """The shard's place in the whole tensor; [gate; up] is two places."""
     sizes, start = list(shard.tensor.shape), shard.tensor.offset * dtype.itemsize
@@ -273,7 +273,7 @@ def _blocks(
             # have.
             offsets[axis] = (half * count + index) * sizes[axis]
         yield Block(tuple(offsets), tuple(sizes), record, start)
-        start += torch.Size(sizes).numel() * dtype.itemsize
+        start += math.prod(sizes) * dtype.itemsize
 
 
 def _split_axis(name: str) -> int | None:
@@ -287,5 +287,5 @@ def _shifted(name: str, shift: int) -> str:
     return f"{match['stack']}.{int(match['index']) + shift}.{match['rest']}" if match else name
 
 
-def _dtype(shard: Shard) -> torch.dtype:
+def _dtype(shard: Shard) -> Dtype:
     return shard.tensor.storage.dtype

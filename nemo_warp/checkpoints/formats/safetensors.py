@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, cast
 
-import torch
-
+from nemo_warp.checkpoints import dtypes
 from nemo_warp.checkpoints.containers.archive import MAX_SMALL_FILE_BYTES, read_record
 from nemo_warp.checkpoints.containers.image import CheckpointImage, DtypeRule, FileImage
+from nemo_warp.checkpoints.dtypes import Dtype
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.logical import LogicalTensor
 from nemo_warp.checkpoints.names import hugging_face_name, logical_tensors
@@ -26,12 +26,12 @@ from nemo_warp.checkpoints.stored import Block, StackedTensor
 
 SINGLE, INDEX, HF_CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 DTYPES = {
-    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
-    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool},
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
-    "U8": torch.uint8,
+    **{"F64": dtypes.FLOAT64, "F32": dtypes.FLOAT32, "F16": dtypes.FLOAT16},
+    **{"BF16": dtypes.BFLOAT16, "F8_E4M3": dtypes.FLOAT8_E4M3FN, "F8_E5M2": dtypes.FLOAT8_E5M2},
+    **{"I64": dtypes.INT64, "I32": dtypes.INT32, "I16": dtypes.INT16, "I8": dtypes.INT8},
+    **{"U8": dtypes.UINT8, "BOOL": dtypes.BOOL},
 }
-"""Name in a header -> torch's."""
+"""Name in a header -> dtype."""
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
@@ -46,7 +46,7 @@ class Stored:
 
     key: str
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: Dtype
     record: Record
 
     @property
@@ -85,7 +85,7 @@ class SafetensorsStore:
         self.tensors = _logical(merged, where)
 
     @property
-    def others(self) -> dict[str, torch.dtype]:
+    def others(self) -> dict[str, Dtype]:
         """Canonical name -> dtype of the tensors that are not floating."""
         rest = [t for t in self.stored.values() if not t.is_merged]
         return {hugging_face_name(t.key): t.dtype for t in rest}
@@ -112,7 +112,7 @@ class SafetensorsStore:
         # again. With several dtypes there is none to name.
         if changed and len(written) == 1 and HF_CONFIG in self._members:
             config = _read_json(self._members, HF_CONFIG, self.where)
-            name = str(written.pop()).removeprefix("torch.")
+            name = written.pop().name
             for key in [k for k in ("torch_dtype", "dtype") if k in config]:
                 config[key] = name
             files.append(_json_file(prefix + HF_CONFIG, config))
@@ -223,9 +223,7 @@ def head_bytes(header: bytes) -> bytes:
     return len(header).to_bytes(_SIZE_BYTES, "little") + header
 
 
-def make_header(
-    tensors: list[tuple[str, torch.dtype, tuple[int, ...]]], metadata: dict | None
-) -> bytes:
+def make_header(tensors: list[tuple[str, Dtype, tuple[int, ...]]], metadata: dict | None) -> bytes:
     """Size and header of a shard that holds these tensors in this order."""
     table: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     end = 0
@@ -269,7 +267,7 @@ def _fill(file: FileImage, shard: Shard, rule: DtypeRule) -> Iterator[tuple]:
 
 
 def _logical(
-    placed: Iterable[tuple[str, torch.dtype, tuple[int, ...], Record]], where: str
+    placed: Iterable[tuple[str, Dtype, tuple[int, ...], Record]], where: str
 ) -> dict[str, LogicalTensor]:
     found = (
         (

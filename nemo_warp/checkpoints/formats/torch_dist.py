@@ -7,17 +7,14 @@ loaded; optimizer state is left out of outputs.
 from __future__ import annotations
 
 import math
-import pickle
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
-import torch
-from torch.distributed.checkpoint import metadata as dcp
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-
+from nemo_warp.checkpoints.containers import dcp_metadata as dcp
 from nemo_warp.checkpoints.containers.image import CheckpointImage, DtypeRule, FileImage, zip_image
 from nemo_warp.checkpoints.containers.torch_zip import ALIGNMENT
+from nemo_warp.checkpoints.dtypes import Dtype
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.formats.torch_dist_index import Item, TorchDistIndex
 from nemo_warp.checkpoints.logical import LogicalTensor
@@ -35,7 +32,7 @@ MASTERS = re.compile(r"^(?:chained_\d+\.)?optimizer\.state\.(?:fp32_)?param\.")
 _REMADE = ("metadata.json", ".metadata", "integrity.json")
 _FLATTENED = "nd_reformulated_orig_global_shape"
 
-Placed = tuple[Item, Record, int, torch.dtype]
+Placed = tuple[Item, Record, int, Dtype]
 """An item, where its tensor's bytes are, the tensor's first element there, its dtype."""
 
 
@@ -61,7 +58,7 @@ class TorchDistStore:
         return sorted({item.key for item in self._index.items} - self.names.keys())
 
     @property
-    def others(self) -> dict[str, torch.dtype]:
+    def others(self) -> dict[str, Dtype]:
         """Canonical name -> dtype of the model's tensors that are not floating."""
         keys = {item.key for item in self._index.items if item.chunk is not None}
         dtypes = {key: self._index.described(key).properties.dtype for key in keys}
@@ -79,7 +76,7 @@ class TorchDistStore:
     def image(self, rule: DtypeRule, prefix: str) -> CheckpointImage:
         """Layout of an output with this checkpoint's files, keys and shards."""
         files: dict[str, FileImage] = {}
-        moved: dict[Item, _StorageInfo] = {}
+        moved: dict[Item, dcp.StorageInfo] = {}
         placed: list[Placed] = []
         kept = [item for item in self._index.items if not DROPPED.match(item.key)]
         for item in sorted(kept, key=lambda i: (i.file, i.record.offset)):
@@ -89,7 +86,7 @@ class TorchDistStore:
                 placed.append(self._append(item, file, rule))
             else:
                 file.append(item.record)
-            moved[item] = _StorageInfo(item.file, offset, file.size - offset)
+            moved[item] = dcp.StorageInfo(item.file, offset, file.size - offset)
         data_files = {item.file for item in self._index.items}
         for name, record in self._index.members.items():
             if name not in data_files and name not in _REMADE:
@@ -121,7 +118,7 @@ class TorchDistStore:
 
     def _logical(self, placed: Iterable[Placed], names: dict[str, str]) -> dict[str, LogicalTensor]:
         blocks: dict[str, list[Block]] = defaultdict(list)
-        dtypes: dict[str, torch.dtype] = {}
+        dtypes: dict[str, Dtype] = {}
         for item, record, start, dtype in placed:
             blocks[item.key].extend(self._blocks(item, record, start * dtype.itemsize, dtype))
             dtypes[item.key] = dtype
@@ -149,9 +146,7 @@ class TorchDistStore:
             )
         return shape
 
-    def _blocks(
-        self, item: Item, record: Record, start: int, dtype: torch.dtype
-    ) -> Iterator[Block]:
+    def _blocks(self, item: Item, record: Record, start: int, dtype: Dtype) -> Iterator[Block]:
         assert item.chunk is not None, item.key
         offsets, sizes = tuple(item.chunk.offsets), tuple(item.chunk.sizes)
         shape, stored = self._shape(item.key), tuple(self._index.described(item.key).size)
@@ -170,7 +165,7 @@ class TorchDistStore:
             yield Block(place, extent, record, start)
             start += math.prod(extent) * dtype.itemsize
 
-    def _new_metadata(self, moved: dict[Item, _StorageInfo], rule: DtypeRule) -> bytes:
+    def _new_metadata(self, moved: dict[Item, dcp.StorageInfo], rule: DtypeRule) -> bytes:
         """``.metadata`` built afresh from what was understood of the old one."""
         # Built afresh and not edited: nothing of an untrusted pickle goes into the output.
         described: dict[str, dcp.TensorStorageMetadata | dcp.BytesStorageMetadata] = {}
@@ -183,16 +178,15 @@ class TorchDistStore:
             properties = dcp.TensorProperties(dtype=rule(dtype) if self._is_merged(item) else dtype)
             described[item.key] = dcp.TensorStorageMetadata(properties, old.size, old.chunks)
         storage = {
-            dcp.MetadataIndex(item.key, item.chunk.offsets if item.chunk else None): info
+            dcp.MetadataIndex(item.key, dcp.Size(item.chunk.offsets) if item.chunk else None): info
             for item, info in moved.items()
         }
         # torch's planner wants the path of each key in the state dict, also where the old one had
         # none.
         paths = {key: (key,) for key in described} | _paths(self._index.metadata, described)
-        new = dcp.Metadata(described, planner_data=paths, storage_data=storage)
-        # Megatron-core's own field: it describes flattened optimizer tensors, which are not kept.
-        vars(new)["mcore_data"] = {}
-        return pickle.dumps(new, protocol=4)
+        # mcore_data describes flattened optimizer tensors, which are not kept.
+        new = dcp.Metadata(described, planner_data=paths, storage_data=storage, mcore_data={})
+        return dcp.dump(new)
 
 
 def boxes_of_range(

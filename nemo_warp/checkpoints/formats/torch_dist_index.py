@@ -8,17 +8,16 @@ where a complete torch.save file of that shard lies (torch/distributed/checkpoin
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
-from torch.distributed.checkpoint import metadata as dcp
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-
+from nemo_warp.checkpoints.containers import dcp_metadata as dcp
 from nemo_warp.checkpoints.containers.archive import MAX_SMALL_FILE_BYTES, read_record
 from nemo_warp.checkpoints.containers.torch_zip import TorchZip, read_torch_zip
 from nemo_warp.checkpoints.containers.unpickling import StoredTensor, load_metadata_pickle
+from nemo_warp.checkpoints.dtypes import Dtype
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.record import Record
 
@@ -66,7 +65,7 @@ class TorchDistIndex:
         if item.chunk is None:
             return False
         described = self.described(item.key)
-        return described.properties.dtype.is_floating_point and described.size.numel() > 0
+        return described.properties.dtype.is_floating_point and math.prod(described.size) > 0
 
     def zip(self, item: Item) -> TorchZip:
         """The item's torch.save file."""
@@ -123,7 +122,7 @@ class TorchDistIndex:
                     "the checkpoint is damaged"
                 )
 
-    def _range(self, key: str, info: _StorageInfo) -> Record:
+    def _range(self, key: str, info: dcp.StorageInfo) -> Record:
         name = info.relative_path
         if (file := self.members.get(name)) is None:
             raise CheckpointError(f"{self.where}: {key} lies in {name!r}, which is not there")
@@ -137,7 +136,7 @@ class TorchDistIndex:
 
 def _is_place(info: object) -> bool:
     """Whether a storage entry names a file and a range; unpickling fills in anything at all."""
-    place = vars(info) if isinstance(info, _StorageInfo) else {}
+    place = vars(info) if isinstance(info, dcp.StorageInfo) else {}
     numbers = place.get("offset"), place.get("length")
     whole = all(isinstance(number, int) and number >= 0 for number in numbers)
     return whole and isinstance(place.get("relative_path"), str)
@@ -165,9 +164,9 @@ def _is_well_formed(described: Any) -> bool:
         shapes = [described.size]
         for chunk in described.chunks:
             shapes += [chunk.offsets, chunk.sizes]
-        plain = all(isinstance(shape, torch.Size) and len(shape) == dims for shape in shapes)
+        plain = all(isinstance(shape, dcp.Size) and len(shape) == dims for shape in shapes)
         positive = all(size >= 0 for shape in shapes for size in shape)
-        is_dtype = isinstance(described.properties.dtype, torch.dtype)
+        is_dtype = isinstance(described.properties.dtype, Dtype)
     except (AttributeError, TypeError):
         return False
     return plain and positive and is_dtype and dims <= _MAX_AXES

@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
 
-import torch
-
 from nemo_warp.checkpoints.containers.archive import read_record
 from nemo_warp.checkpoints.containers.image import CheckpointImage, DtypeRule, FileImage
+from nemo_warp.checkpoints.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, INT8, UINT8, Dtype
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.logical import LogicalTensor
 from nemo_warp.checkpoints.names import DROPPED, MAX_PATCHES, logical_tensors, model_keys
@@ -28,13 +27,13 @@ _MAX_DESCRIPTION_BYTES = 1 << 16
 _FLOATS = {
     # numpy has no bfloat16: Megatron-core writes its name over numpy's "<V2" (strategies/zarr.py
     # l.168-171), some writers left it.
-    **{"bfloat16": torch.bfloat16, "<V2": torch.bfloat16, "<f2": torch.float16},
-    **{"<f4": torch.float32, "<f8": torch.float64},
+    **{"bfloat16": BFLOAT16, "<V2": BFLOAT16, "<f2": FLOAT16},
+    **{"<f4": FLOAT32, "<f8": FLOAT64},
 }
-_BYTES = {"|i1": torch.int8, "|u1": torch.uint8}
-_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "<f2", torch.float32: "<f4"}
+_BYTES = {"|i1": INT8, "|u1": UINT8}
+_NAMES = {BFLOAT16: "bfloat16", FLOAT16: "<f2", FLOAT32: "<f4"}
 
-Locate = Callable[[str, str, Record, torch.dtype], tuple[Record, torch.dtype]]
+Locate = Callable[[str, str, Record, Dtype], tuple[Record, Dtype]]
 
 
 class ZarrStore:
@@ -63,7 +62,7 @@ class ZarrStore:
         return sorted(self._described.keys() - self.names.keys())
 
     @property
-    def others(self) -> dict[str, torch.dtype]:
+    def others(self) -> dict[str, Dtype]:
         """Canonical name -> dtype of the model's tensors that are not floating."""
         dtypes = {key: self._described[key]["dtype"] for key in self.names}
         return {self.names[key]: _BYTES[dtype] for key, dtype in dtypes.items() if dtype in _BYTES}
@@ -76,9 +75,7 @@ class ZarrStore:
         """Layout of an output with this checkpoint's files, keys and shards."""
         files: dict[str, FileImage] = {}
 
-        def hole(
-            key: str, name: str, record: Record, dtype: torch.dtype
-        ) -> tuple[Record, torch.dtype]:
+        def hole(key: str, name: str, record: Record, dtype: Dtype) -> tuple[Record, Dtype]:
             # A chunk is a file of nothing but elements: the hole is the whole of it.
             new = rule(dtype)
             file = FileImage(prefix + name, record.size // dtype.itemsize * new.itemsize)

@@ -15,7 +15,6 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-import torch
 
 from nemo_warp.checkpoints.errors import CheckpointError
 from nemo_warp.checkpoints.io.parts import Part, coalesce, joined_crc32
@@ -23,7 +22,15 @@ from nemo_warp.checkpoints.io.reading import FileCache, check_records
 from nemo_warp.checkpoints.io.slabs import Slab, slabs_of
 from nemo_warp.checkpoints.logical import LogicalTensor
 from nemo_warp.merge.compute.budget import group_bytes, merged_slabs, too_large
-from nemo_warp.merge.compute.kernel import Inputs, Kernel, Measured, room_bytes, rounding_noise
+from nemo_warp.merge.compute.kernel import (
+    Inputs,
+    Kernel,
+    Measured,
+    converted,
+    numbers,
+    room_bytes,
+    rounding_noise,
+)
 from nemo_warp.merge.compute.memory import Memory
 from nemo_warp.merge.compute.passes import Pass
 from nemo_warp.merge.compute.writer import Piece, Writer
@@ -188,7 +195,7 @@ class Engine:
         # A flipped bit can look like a NaN: then the error has to name the damage.
         check_records(self._files, tensor.sources, ())
         for checkpoint, source in zip(self.plan.inputs, tensor.sources, strict=True):
-            if not torch.isfinite(self._kernel.read(source, slab)[0]).all():
+            if not np.isfinite(numbers(self._kernel.read(source, slab)[0], source.dtype)).all():
                 raise CheckpointError(
                     f"{checkpoint.path}: {tensor.name} holds a NaN or an infinity; "
                     "the policy diverged, choose an earlier checkpoint"
@@ -253,8 +260,8 @@ class Engine:
     def _copy_padding(self, tensor: TensorPlan, slab: Slab) -> tuple[list[list[Future]]]:
         target, started = tensor.target, []
         # The init's padding, so that the output equals it where nothing was trained.
-        padding = self._kernel.read(tensor.sources[0], slab)[0].to(target.dtype)
-        stored, width = padding.view(torch.uint8).numpy().reshape(-1), target.dtype.itemsize
+        padding, width = self._kernel.read(tensor.sources[0], slab)[0], target.dtype.itemsize
+        stored = converted(padding, tensor.sources[0].dtype, target.dtype).reshape(-1)
         for piece in self._writer.pieces(target, slab):
             room = self._writer.room(target, piece)
             values = piece.within(room, len(self.outputs), width)

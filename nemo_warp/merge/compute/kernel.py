@@ -7,8 +7,8 @@ import hashlib
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
+from nemo_warp.checkpoints.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, Dtype
 from nemo_warp.checkpoints.io.crc import crc32
 from nemo_warp.checkpoints.io.direct import address, pages, room_for, scratch
 from nemo_warp.checkpoints.io.parts import Part
@@ -20,8 +20,8 @@ from nemo_warp.merge.compute.writer import Piece
 from nemo_warp.merge.plan import TensorPlan
 
 _STORED = {
-    **{torch.bfloat16: np.uint16, torch.float16: np.int16},
-    **{torch.float32: np.float32, torch.float64: np.float64},
+    **{BFLOAT16: np.uint16, FLOAT16: np.int16},
+    **{FLOAT32: np.float32, FLOAT64: np.float64},
 }
 """How `loops` take the elements of each dtype."""
 
@@ -118,8 +118,9 @@ class Kernel:
             if here:
                 first[n] = _settle(rows, room, dtype.itemsize) // dtype.itemsize
             else:
-                values = torch.from_numpy(rows).view(source.dtype).flatten()
-                torch.from_numpy(elements[n, : len(values)]).copy_(values)
+                values = numbers(rows, source.dtype).reshape(-1)
+                with np.errstate(invalid="ignore"):  # a NaN is refused when its row was measured
+                    elements[n, : len(values)] = values
         inputs = Inputs(slab, buffer, elements, first)
         return Measured(inputs, self._gram(tensor, inputs), pieces, parts)
 
@@ -161,10 +162,9 @@ class Kernel:
         )
         return Combined(piece.within(room, count, dtype.itemsize), projections, changed)
 
-    def read(self, source: LogicalTensor, slab: Slab) -> tuple[torch.Tensor, list[Part]]:
-        """[rows, cols] of one input as they are stored, and what was read."""
-        rows, parts = read_slab(self._files, source, slab, pages(slab_room(source, slab)))
-        return torch.from_numpy(rows).view(source.dtype), parts
+    def read(self, source: LogicalTensor, slab: Slab) -> tuple[np.ndarray, list[Part]]:
+        """[rows, bytes] uint8 of one input as they are stored, and what was read."""
+        return read_slab(self._files, source, slab, pages(slab_room(source, slab)))
 
 
 def room_bytes(tensor: TensorPlan, slab: Slab) -> int:
@@ -173,13 +173,39 @@ def room_bytes(tensor: TensorPlan, slab: Slab) -> int:
     return len(tensor.sources) * room_for(size)
 
 
-def _common_dtype(tensor: TensorPlan) -> torch.dtype:
+def _common_dtype(tensor: TensorPlan) -> Dtype:
     """One that holds the elements of all inputs exactly."""
     # float32 holds every bfloat16 and float16 exactly; one dtype for both halves would not.
     dtypes = {source.dtype for source in tensor.sources}
     if len(dtypes) == 1:
         return dtypes.pop()
-    return torch.float64 if torch.float64 in dtypes else torch.float32
+    return FLOAT64 if FLOAT64 in dtypes else FLOAT32
+
+
+def numbers(stored: np.ndarray, dtype: Dtype) -> np.ndarray:
+    """The values of stored elements [..., bytes] uint8, exactly; bfloat16 as float32."""
+    if dtype == BFLOAT16:  # the upper half of a float32
+        return (stored.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return stored.view(np.float16 if dtype == FLOAT16 else _STORED[dtype])
+
+
+def converted(stored: np.ndarray, dtype: Dtype, wanted: Dtype) -> np.ndarray:
+    """Stored elements [..., bytes] uint8 of ``dtype`` as those of ``wanted``, rounded like torch's.
+
+    Args:
+        wanted: ``dtype`` itself, float32 or bfloat16.
+    """
+    if dtype == wanted:
+        return stored
+    with np.errstate(all="ignore"):  # padding may be anything
+        values = numbers(stored, dtype).astype(np.float32)
+    if wanted == FLOAT32:
+        return values.view(np.uint8)
+    assert wanted == BFLOAT16, wanted
+    bits = values.view(np.uint32)
+    # Half of the last place less one, and one more if that place is odd: ties go to even.
+    rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16).view(np.uint8)
 
 
 def _settle(rows: np.ndarray, room: np.ndarray, width: int) -> int:

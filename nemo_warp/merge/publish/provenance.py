@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from nemo_warp.checkpoints.inspection import weights_digest
+from nemo_warp.checkpoints.digest import weights_digest
 from nemo_warp.merge.plan import MergePlan
 from nemo_warp.merge.results import GroupResult
 

@@ -115,13 +115,13 @@ class _Comparison:
                 weights = self._coefficients[k].tolist()
                 exact = sum(w * values for w, values in zip(weights, inputs, strict=True))
                 found = self._read(target, slab)
-                if found.dtype != tensor.target.dtype or not _within_one_ulp(found, exact):
+                if target.dtype != tensor.target.dtype or not _within_one_ulp(found, exact):
                     raise CheckpointError(
                         f"{tensor.name} differs from its recomputation; {_REMEDY}"
                     )
                 counts[k] += int((found != exact.to(found.dtype)).sum())
         for slab in slabs_of(tensor.true_rows, tensor.target.rows, tensor.target.cols):
-            padding = self._read(tensor.sources[0], slab).to(tensor.target.dtype)
+            padding = self._read(tensor.sources[0], slab).to(tensor.target.dtype.of_torch())
             for target in self._targets:  # as bits: padding may hold NaNs
                 if not torch.equal(_bits(self._read(target, slab)), _bits(padding)):
                     raise CheckpointError(f"{tensor.name} has another padding; {_REMEDY}")
@@ -133,7 +133,7 @@ class _Comparison:
         rows, parts = read_slab(self._files, tensor, slab, room)
         check_replicas(self._files, tensor, slab, rows)
         self._parts += parts
-        return torch.from_numpy(rows).view(tensor.dtype)
+        return torch.from_numpy(rows).view(tensor.dtype.of_torch())
 
 
 def _bits(values: torch.Tensor) -> torch.Tensor:
