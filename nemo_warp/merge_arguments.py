@@ -1,4 +1,4 @@
-"""The merger's arguments: parsed in milliseconds, before torch and numba are imported.
+"""The merger's arguments: parsed in milliseconds, before numba is imported.
 
 Outside of `nemo_warp.merge`, because the driver checks a recipe's ``merge.arguments`` on login
 nodes that have no torch. Standard library only.

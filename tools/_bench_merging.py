@@ -7,12 +7,14 @@ import io
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -172,3 +174,46 @@ def measure_merge(folder: Path, outputs: int, workers: int, granularity: str) ->
     if done.returncode != 0:
         raise RuntimeError(f"the merge failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a command took: seconds as it says itself and from start to end, peak memory."""
+
+    own_seconds: float
+    seconds: float
+    cpu_seconds: float
+    peak_bytes: int
+
+
+MEASURE = """
+import json, os, sys, time
+begin = time.perf_counter()
+_, status, usage = os.wait4(os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ), 0)
+numbers = {"seconds": time.perf_counter() - begin, "cpu_seconds": usage.ru_utime + usage.ru_stime}
+print(json.dumps({**numbers, "peak_bytes": 1024 * usage.ru_maxrss, "status": status}))
+"""
+"""Runs a command from a small process: Linux counts the parent's memory at exec as the child's."""
+
+
+def measure_command(command: list[str], **variables: str | None) -> Cost:
+    """Run a merge that says how long it took, imports left out.
+
+    Args:
+        command: program and arguments.
+        **variables: changes of the environment; None takes one out.
+    """
+    environment = {**os.environ, **variables}
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, *command],
+        env={name: value for name, value in environment.items() if value is not None},
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "check": True},
+    )
+    *said, measured = done.stdout.splitlines()
+    text, cost = "\n".join(said), json.loads(measured)
+    if cost.pop("status") != 0:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{text[-3000:]}")
+    own = re.search(r"total=([\d.]+)s", text) or re.search(r"GB in ([\d.]+) s", text)
+    if own is None:
+        raise RuntimeError(f"{command[1]} does not say how long it took:\n{text[-1000:]}")
+    return Cost(float(own[1]), **cost)

@@ -8,18 +8,15 @@ commands are measured, and the seconds that each says itself, which leave the im
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import re
 import statistics
 import subprocess
 import sys
 import tarfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from _bench_merging import MODELS, make_cold
+from _bench_merging import MODELS, Cost, make_cold, measure_command
 from bench_mergekit import ordered_bits, read_torch_dist
 
 TOOL = Path("tools/checkpoint/weighted_merge.py")
@@ -29,27 +26,8 @@ SHARES = {"init": 0.5, "a": 0.25, "b": 0.25}
 NEEDED = ("triton==3.5.0",)
 """What Megatron-core imports at that commit and `make setup` does not install."""
 
-MEASURE = """
-import json, os, sys, time
-begin = time.perf_counter()
-_, status, usage = os.wait4(os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ), 0)
-numbers = {"seconds": time.perf_counter() - begin, "cpu_seconds": usage.ru_utime + usage.ru_stime}
-print(json.dumps({**numbers, "peak_bytes": 1024 * usage.ru_maxrss, "status": status}))
-"""
-"""Runs a command from a small process: Linux counts the parent's memory at exec as the child's."""
-
 FASTER, SMALLER = 3.0, 0.5
 """Goals: at least so many times as fast, at most so much of the memory."""
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a command took: seconds as it says itself and from start to end, peak memory."""
-
-    own_seconds: float
-    seconds: float
-    cpu_seconds: float
-    peak_bytes: int
 
 
 def compare_with_megatron(folder: Path, arguments: argparse.Namespace) -> None:
@@ -63,7 +41,10 @@ def compare_with_megatron(folder: Path, arguments: argparse.Namespace) -> None:
         commands = _commands(folder, arguments, number)
         for name, command in commands.items():
             make_cold(data, arguments.drop_caches)
-            found[name].append(_run(command, path))
+            variables = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+            if name == "Megatron-LM":
+                variables["PYTHONPATH"] = path
+            found[name].append(measure_command([sys.executable, *command], **variables))
             print(f"  {name}: {found[name][-1]}", file=sys.stderr)
         print(f"  load average {os.getloadavg()[0]:.1f}", file=sys.stderr)
     for name, costs in found.items():
@@ -104,25 +85,6 @@ def _path(folder: Path, checkout: Path) -> str:
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(beside)]
     subprocess.run([*command, *NEEDED], check=True)
     return os.pathsep.join([str(checkout.resolve()), str(beside)])
-
-
-def _run(command: list[str], path: str) -> Cost:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    if TOOL.name in command[0]:
-        environment["PYTHONPATH"] = path
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, sys.executable, *command],
-        **{"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT},
-        **{"text": True, "check": True},
-    )
-    *said, measured = done.stdout.splitlines()
-    text, cost = "\n".join(said), json.loads(measured)
-    if cost.pop("status") != 0:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{text[-3000:]}")
-    own = re.search(r"total=([\d.]+)s", text) or re.search(r"GB in ([\d.]+) s", text)
-    if own is None:
-        raise RuntimeError(f"{command[0]} does not say how long it took:\n{text[-1000:]}")
-    return Cost(float(own[1]), **cost)
 
 
 def _unpack(nemo: Path, folder: Path) -> None:

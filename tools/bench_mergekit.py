@@ -1,8 +1,9 @@
-"""The merge against mergekit's: equal where both hold a tensor whole, and how much faster.
+"""The merge against mergekit's on its own ground: how much faster, with how much memory.
 
-Used by ``bench_merge.py --mergekit``. mergekit gets the same tensors as Hugging Face files and does
-what a user of it would do for K etas: ``nuslerp`` of task vectors (flattened, float32), then
-``linear`` towards the base for every eta but 1. It runs in an environment of its own.
+Used by ``bench_merge.py --mergekit``. Both read the same Hugging Face folders and write such ones.
+For SLERP mergekit does what a user of it would do for K etas: ``nuslerp`` of task vectors
+(flattened, float32), then ``linear`` towards the base for every eta but 1; for LERP, one ``linear``
+of the policies. It runs in an environment of its own.
 """
 
 from __future__ import annotations
@@ -16,12 +17,11 @@ import statistics
 import subprocess
 import sys
 import sysconfig
-import tarfile
 import venv
 from pathlib import Path
 
 import torch
-from _bench_merging import ETAS, MODELS, make_cold, measure_merge
+from _bench_merging import ETAS, MODELS, Cost, make_cold, measure_command
 from torch.distributed.checkpoint import FileSystemReader, load
 
 SCRIPT = """
@@ -34,39 +34,48 @@ options = MergeOptions(quiet=True, num_threads=int(sys.argv[2]), async_write=Tru
 begin = time.perf_counter()
 for text, out in json.loads(sys.argv[1]):
     run_merge(MergeConfiguration.model_validate(yaml.safe_load(text)), out, options=options)
-print(json.dumps({"seconds": time.perf_counter() - begin}))
+print(f"total={time.perf_counter() - begin:.2f}s")
 """
-WHOLE = ("o_proj", "down_proj", "norm", "embed_tokens", "lm_head")
-"""Tensors that are one tensor in both formats, so that one angle means the same in both."""
 SHARD = 1 << 30
 MERGEKIT = "mergekit==0.1.5"
 
 
 def compare_with_mergekit(folder: Path, shapes, weights, arguments: argparse.Namespace) -> None:
-    """Alternate between the two for one read-all, write-K merge; then compare the tensors."""
+    """Alternate between the two; print times, memory and how many elements differ."""
     python = make_environment(folder, arguments.mergekit)
     for model in MODELS:
+        (folder / f"{model}.nemo").unlink()
         write_hugging_face(folder / f"hf_{model}", model, shapes, weights)
-    outputs, workers = max(arguments.outputs), max(arguments.workers)
-    ours, theirs = [], []
-    for repeat in range(arguments.repeats):
-        make_cold(list(folder.glob("hf_*/*.safetensors")), arguments.drop_caches)
-        theirs.append(run_mergekit(python, folder, outputs, workers))
-        make_cold(list(folder.glob("*.nemo")), arguments.drop_caches)
-        ours.append(measure_merge(folder, outputs, workers, "tensor")["seconds"])
-        print(f"  load average {os.getloadavg()[0]:.1f}", file=sys.stderr)
-        if repeat + 1 < arguments.repeats:
+    workers = max(arguments.workers)
+    outputs = max(arguments.outputs)
+    for method, etas in (("slerp", ETAS[-outputs:]), ("lerp", ETAS[-1:])):
+        ours: list[Cost] = []
+        theirs: list[Cost] = []
+        for _ in range(arguments.repeats):
             remove_outputs(folder)
-    ratio = statistics.median(t / o for t, o in zip(theirs, ours, strict=True))
-    print(f"K = {outputs}, {workers} threads: mergekit {[round(t, 1) for t in theirs]} s,")
-    print(f"  this merger {[round(o, 1) for o in ours]} s, {ratio:.1f} x faster (paired median)")
-    compare_tensors(folder)
+            make_cold(list(folder.glob("hf_*/*.safetensors")), arguments.drop_caches)
+            theirs.append(run_mergekit(python, folder, method, etas, workers))
+            make_cold(list(folder.glob("hf_*/*.safetensors")), arguments.drop_caches)
+            ours.append(run_ours(folder, method, etas, workers))
+            for name, cost in ("mergekit", theirs[-1]), ("this merger", ours[-1]):
+                print(f"  {method}, {name}: {cost}", file=sys.stderr)
+            print(f"  load average {os.getloadavg()[0]:.1f}", file=sys.stderr)
+        ratio = statistics.median(
+            t.own_seconds / o.own_seconds for t, o in zip(theirs, ours, strict=True)
+        )
+        print(f"{method}, K = {len(etas)}, {workers} threads: this merger is {ratio:.1f} x faster")
+        for name, costs in ("mergekit", theirs), ("this merger", ours):
+            own = [round(cost.own_seconds, 1) for cost in costs]
+            peak = max(cost.peak_bytes for cost in costs)
+            cpu = statistics.median(cost.cpu_seconds for cost in costs)
+            print(f"  {name}: {own} s, processor {cpu:.1f} s, peak {peak / 1e9:.2f} GB")
+        compare_tensors(folder / "mk_1.0", folder / "out_1")
     remove_outputs(folder)
 
 
 def remove_outputs(folder: Path) -> None:
     for path in [*folder.glob("mk_*"), *folder.glob("out_*")]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path)
 
 
 def make_environment(folder: Path, python: str) -> str:
@@ -150,63 +159,64 @@ def write_hugging_face(path: Path, model: str, shapes, weights) -> None:
     (path / "config.json").write_text(json.dumps(config))
 
 
-def run_mergekit(python: str, folder: Path, outputs: int, threads: int) -> float:
-    """Seconds of nuslerp and the linear merges in one process, imports not counted."""
-    base, slerp = folder / "hf_init", folder / "mk_1.0"
-    config = {
-        **{"merge_method": "nuslerp", "base_model": str(base)},
-        "models": [
-            {"model": str(folder / f"hf_{m}"), "parameters": {"weight": 0.5}} for m in ("a", "b")
-        ],
-        "parameters": {"nuslerp_flatten": True},
-        **{"dtype": "float32", "out_dtype": "bfloat16"},
-    }
-    steps = [(json.dumps(config), str(slerp))]
-    for eta in ETAS[-outputs:-1]:
+def run_mergekit(
+    python: str, folder: Path, method: str, etas: tuple[float, ...], threads: int
+) -> Cost:
+    """One process that makes ``mk_<eta>`` for each eta, the last of which is 1."""
+    base, merged = folder / "hf_init", folder / "mk_1.0"
+    models = [{"model": str(folder / f"hf_{m}"), "parameters": {"weight": 0.5}} for m in ("a", "b")]
+    config = {"merge_method": "linear", "models": models}
+    if method == "slerp":
+        config |= {"merge_method": "nuslerp", "base_model": str(base)}
+        config["parameters"] = {"nuslerp_flatten": True}
+    configs = [(config, merged)]
+    for eta in etas[:-1]:
         models = [
             {"model": str(path), "parameters": {"weight": weight}}
-            for path, weight in ((base, 1 - eta), (slerp, eta))
+            for path, weight in ((base, 1 - eta), (merged, eta))
         ]
-        config = {
-            **{"merge_method": "linear", "models": models},
-            **{"dtype": "float32", "out_dtype": "bfloat16"},
-        }
-        steps.append((json.dumps(config), str(folder / f"mk_{eta}")))
+        configs.append(({"merge_method": "linear", "models": models}, folder / f"mk_{eta}"))
+    dtypes = {"dtype": "float32", "out_dtype": "bfloat16"}
+    steps = [(json.dumps({**config, **dtypes}), str(path)) for config, path in configs]
     command = [python, "-c", SCRIPT, json.dumps(steps), str(threads)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    environment.pop("OMP_NUM_THREADS", None)
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"mergekit failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])["seconds"]
+    return measure_command(
+        command, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS=None
+    )
 
 
-def compare_tensors(folder: Path) -> None:
-    """Share of equal elements and largest distance, for eta = 1 and the tensors in `WHOLE`."""
+def run_ours(folder: Path, method: str, etas: tuple[float, ...], workers: int) -> Cost:
+    """``out_<eta>`` for each eta; one angle per tensor, as in mergekit."""
+    command = [sys.executable, str(Path(__file__).with_name("merge_nemo.py"))]
+    command += ["--init", str(folder / "hf_init"), "--policies"]
+    command += [str(folder / f"hf_{model}") for model in ("a", "b")]
+    command += ["--method", method, "--granularity", "tensor", "--eta", *map(str, etas)]
+    command += ["--workers", str(workers), "--allow-similar", "--output"]
+    return measure_command([*command, str(folder / ("out_{eta}" if etas[1:] else "out_1"))])
+
+
+def compare_tensors(theirs: Path, ours: Path) -> None:
+    """Share of equal elements and largest distance over all tensors."""
     from safetensors import safe_open
 
-    with tarfile.open(folder / "out_1.nemo") as tar:
-        tar.extractall(folder / "out_read", filter="data")
-    ours = read_torch_dist(folder / "out_read" / "model_weights")
-    elements, different, far, furthest, tensors, theirs = 0, 0, 0, 0.0, 0, {}
-    for path in sorted((folder / "mk_1.0").glob("*.safetensors")):
+    elements, different, far, furthest, places = 0, 0, 0, 0.0, {}
+    for path in sorted(theirs.glob("*.safetensors")):
         with safe_open(path, "pt") as stream:
-            theirs |= dict.fromkeys(stream.keys(), path)
-    for name, value in ours:
-        for key, part in hugging_face(name, value).items():
-            if not any(word in key for word in WHOLE):
-                continue
-            with safe_open(theirs[key], "pt") as stream:
-                other = stream.get_tensor(key)
-            apart = (ordered_bits(part) - ordered_bits(other)).abs()
-            elements, tensors = elements + apart.numel(), tensors + 1
-            different, far = different + int((apart > 0).sum()), far + int((apart > 1).sum())
-            difference = (part.float() - other.float()).abs().max()
-            furthest = max(furthest, float(difference / part.float().square().mean().sqrt()))
+            places |= dict.fromkeys(stream.keys(), path)
+    for path in sorted(ours.glob("*.safetensors")):
+        with safe_open(path, "pt") as stream:
+            for key in stream.keys():  # noqa: SIM118 - it is no dictionary
+                part = stream.get_tensor(key)
+                with safe_open(places.pop(key), "pt") as other_stream:
+                    other = other_stream.get_tensor(key)
+                apart = (ordered_bits(part) - ordered_bits(other)).abs()
+                elements, different = elements + apart.numel(), different + int((apart > 0).sum())
+                far += int((apart > 1).sum())
+                difference = (part.float() - other.float()).abs().max()
+                furthest = max(furthest, float(difference / part.float().square().mean().sqrt()))
     print(
-        f"eta = 1 at --granularity tensor, {tensors} tensors that both hold whole: {different} of "
-        f"{elements} elements differ ({different / elements:.1e}), {far} by more than one unit in "
-        f"bfloat16's last place; largest difference {furthest:.1e} of the tensor's RMS"
+        f"  eta = 1: {different} of {elements} elements differ ({different / elements:.1e}), {far} "
+        f"by more than one unit in bfloat16's last place; largest difference {furthest:.1e} of the "
+        f"tensor's RMS; {len(places)} tensors are missing"
     )
 
 

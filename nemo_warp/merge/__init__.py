@@ -17,7 +17,7 @@ __all__ = ["MergeOptions", "MergeResult", "merge"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import torch and numba only where they are needed: not for a typo on the command line."""
+    """Import numba only where it is needed: not for a typo on the command line."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from nemo_warp.merge import api

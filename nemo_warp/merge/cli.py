@@ -17,7 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
     if missing is not None:
         print(f"error: {missing} does not exist", file=sys.stderr)
         return exit_codes.MISCONFIGURED
-    # Only now: torch and numba take seconds, and a typo should not.
+    # Only now: numba takes seconds, and a typo should not.
     from nemo_warp.checkpoints.errors import CheckpointError
     from nemo_warp.merge import merge
     from nemo_warp.merge.ranks import RankFailure

@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import sys
 import tarfile
 from pathlib import Path
 
@@ -136,9 +135,10 @@ def test_what_failed_its_verification_is_not_published(models, tmp_path, monkeyp
 
 def test_a_seal_without_verification_is_not_enough_for_verify(models, tmp_path, monkeypatch):
     _killed("rename", lambda: _run(models, "ab", tmp_path / "out.nemo"))
-    execute, verified = sys.modules["nemo_warp.merge.execute"], []
-    real = execute.verify_outputs
-    monkeypatch.setattr(execute, "verify_outputs", lambda *a: verified.append(a) or real(*a))
+    from nemo_warp.merge.publish import verify
+
+    verified, real = [], verify.verify_outputs
+    monkeypatch.setattr(verify, "verify_outputs", lambda *a: verified.append(a) or real(*a))
     _run(models, "ab", tmp_path / "out.nemo", verify="full")
     assert len(verified) == 1
 
