@@ -111,8 +111,8 @@ class _Layout:
 
 _STRIDED, _CONTIGUOUS = _Layout(), _MemoryFormat()
 _METADATA = "torch.distributed.checkpoint.metadata"
-# A text of its own beside the one that dtypes have, as in torch: a pickle refers back to a text that
-# is the same object, and so the bytes are those that torch writes.
+# A text of its own beside the one that dtypes have, as in torch: a pickle refers back to a text
+# that is the same object, and so the bytes are those that torch writes.
 _MODULE_OF_SIZE = str(b"torch", "ascii")
 _GLOBALS: dict[Any, tuple[str, str]] = {
     **{Size: (_MODULE_OF_SIZE, "Size"), _Layout: ("torch.serialization", "_get_layout")},
