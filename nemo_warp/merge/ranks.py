@@ -8,6 +8,7 @@ are recognised by tokens that each process draws anew.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -86,11 +87,12 @@ class Meeting:
         hello = f"hello_{self.world.rank}"
 
         def started() -> dict | None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            # Said again: rank 0 empties the folder when it begins, and may do so after this rank's
-            # hello.
-            if (self._read(hello) or {}).get("token") != self._token:  # rank 0 begins with none
-                self._write(hello, {"plan": self.identity})
+            # Said again: rank 0 removes the folder when it begins, and may do so after this rank's
+            # hello, or while it is written.
+            if (self._read(hello) or {}).get("token") != self._token:
+                with contextlib.suppress(FileNotFoundError, FileExistsError):
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    self._write(hello, {"plan": self.identity})
             note = self._read("start") or {}
             # A start that an earlier attempt left does not know this token.
             return note if self._token in note.get("tokens", {}).values() else None

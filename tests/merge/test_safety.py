@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import tarfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -308,6 +309,30 @@ def test_leftovers_of_a_launcher_are_told(models, tmp_path, monkeypatch, caplog)
     monkeypatch.setenv("RANK", "zero")
     with pytest.raises(ValueError, match="RANK is 'zero' in the environment"):
         _run(models, "ab", tmp_path / "out.nemo")
+
+
+def test_a_hello_that_rank_0_removes_on_the_way_is_said_again(tmp_path, monkeypatch):
+    """Rank 0 begins between this rank's folder and its note in it."""
+    first, other = (ranks.Meeting(tmp_path / "notes", ranks.World(n, 2), "plan") for n in (0, 1))
+    write, begun = ranks.write_json_atomically, threading.Event()
+
+    def rank_0() -> None:
+        begun.wait()
+        first.start("attempt", first.gather())
+
+    def removed(path: Path, note: dict) -> None:
+        if not begun.is_set():
+            shutil.rmtree(path.parent)
+        try:
+            write(path, note)
+        finally:
+            begun.set()
+
+    monkeypatch.setattr(ranks, "write_json_atomically", removed)
+    thread = threading.Thread(target=rank_0, daemon=True)
+    thread.start()
+    assert other.join() == "attempt"
+    thread.join()
 
 
 def test_damage_in_what_is_copied_is_told(tmp_path):
