@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 import importlib.util
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from string import Template
 
@@ -125,13 +125,7 @@ def _by_title(
     measured: Mapping[str, Sequence[Measures | None]],
 ) -> dict[str, dict[str, list[float]]]:
     """Measure's title -> curve's name -> one number per point, NaN where unknown."""
-    return {
-        title: {
-            curve: [math.nan if m is None else m.values[name] for m in points]
-            for curve, points in measured.items()
-        }
-        for name, title in TITLES.items()
-    }
+    return {title: _of_each(measured, lambda m: m.values, name) for name, title in TITLES.items()}
 
 
 def _preferred(
@@ -141,11 +135,20 @@ def _preferred(
     points = [m for of_curve in measured.values() for m in of_curve if m is not None]
     names = dict.fromkeys(name for point in points for name in point.preferred)
     return {
-        f"preferred to SFT by {name} (share)": {
-            curve: [math.nan if m is None else m.preferred.get(name, math.nan) for m in of_curve]
-            for curve, of_curve in measured.items()
-        }
+        f"preferred to SFT by {name} (share)": _of_each(measured, lambda m: m.preferred, name)
         for name in names
+    }
+
+
+def _of_each(
+    measured: Mapping[str, Sequence[Measures | None]],
+    numbers: Callable[[Measures], Mapping[str, float]],
+    name: str,
+) -> dict[str, list[float]]:
+    """Curve's name -> one of each point's numbers, NaN where it is unknown."""
+    return {
+        curve: [math.nan if m is None else numbers(m).get(name, math.nan) for m in points]
+        for curve, points in measured.items()
     }
 
 
